@@ -1,0 +1,26 @@
+"""What is hosted: LangChain chains over whatever chat model they are handed. Knows LangChain; knows no HTTP, and no
+model of its own.
+
+One more chain is one file beside `translate.py` and one line below.
+"""
+
+from collections.abc import Callable
+
+from langchain_core.language_models import BaseChatModel
+
+from chains import chat, summarize, translate
+from chains.chain import Chain
+
+CHAINS: tuple[Callable[[BaseChatModel], Chain], ...] = (
+    chat.build,
+    translate.build,
+    summarize.build,
+)
+"""The registry, in the order in which people see it."""
+
+__all__ = ["CHAINS", "Chain", "build_chains", "chat", "summarize", "translate"]
+
+
+def build_chains(model: BaseChatModel) -> list[Chain]:
+    """Build every chain of the registry over one model."""
+    return [build(model) for build in CHAINS]

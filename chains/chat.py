@@ -1,0 +1,59 @@
+"""The chat chain: a conversation in, the assistant's next message out."""
+
+from typing import Annotated, Any
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, RootModel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from chains.chain import Chain
+from chains.messages import Message
+from chains.options import with_options
+
+PROMPT = ChatPromptTemplate([MessagesPlaceholder("messages")])
+
+
+class ChatInput(BaseModel):
+    """A conversation, oldest message first."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+
+
+class ChatOutput(RootModel[AIMessage | AIMessageChunk]):
+    """The assistant's message."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        # LangServe's chat playground opens only if some option of a top-level `anyOf` has a `type` whose *enum* holds
+        # "ai"; pydantic writes `const`.
+        written = handler.resolve_ref_schema(handler(schema))
+        for option in written["anyOf"]:
+            kind = handler.resolve_ref_schema(option)["properties"]["type"]
+            kind["enum"] = [kind.pop("const", kind.get("default"))]
+        return written
+
+
+def build(model: BaseChatModel) -> Chain:
+    """Build the chat chain over a model."""
+    answer = with_options(model)
+    runnable = (PROMPT | answer).with_types(input_type=ChatInput, output_type=ChatOutput)
+    return Chain(
+        name="chat",
+        description="Continue a conversation.",
+        runnable=runnable,
+        input_type=ChatInput,
+        messages=messages,
+        options=answer.options,
+        example={"messages": [{"type": "human", "content": "What is the capital of France?"}]},
+        playground="chat",
+    )
+
+
+def messages(chat_input: dict[str, Any]) -> list[BaseMessage]:
+    """What the model is shown."""
+    return PROMPT.invoke(chat_input).to_messages()

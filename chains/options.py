@@ -1,0 +1,70 @@
+"""The sampling options that callers set per request, as `config={"configurable": {...}}`.
+
+They reach the model as call arguments: any chat model that takes them will do, and `.bind()` and the like still work.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import BaseMessage
+from langchain_core.runnables import ConfigurableFieldSpec, Runnable, RunnableConfig, RunnableSerializable
+from langchain_core.runnables.configurable import DynamicRunnable
+from pydantic import Field, SkipValidation, StringConstraints
+from pydantic.config import JsonDict
+from pydantic.json_schema import SkipJsonSchema
+
+
+def without_default(schema: JsonDict) -> None:
+    """The form playground goes blank at anything that shows null, a default included."""
+    schema.pop("default", None)
+
+
+def _optional(kind: Any, name: str, description: str, **bounds: Any) -> ConfigurableFieldSpec:
+    annotation = Annotated[kind | SkipJsonSchema[None], Field(json_schema_extra=without_default, **bounds)]
+    title = name.replace("_", " ").capitalize()
+    return ConfigurableFieldSpec(id=name, annotation=annotation, name=title, description=description, default=None)
+
+
+SAMPLING_OPTIONS = (
+    _optional(float, "temperature", "Randomness, 0 to 2; 0 always takes the likeliest token.", ge=0, le=2),
+    _optional(float, "top_p", "Draw from the likeliest tokens whose probabilities add up to this.", gt=0, le=1),
+    _optional(int, "top_k", "Draw from this many of the likeliest tokens; 0 for all.", ge=0),
+    _optional(float, "min_p", "Drop tokens less likely than this fraction of the likeliest.", ge=0, le=1),
+    _optional(int, "max_tokens", "New tokens at most; what room the context has left if not given.", ge=1),
+    _optional(float, "repetition_penalty", "Above 1: repeat less. 1 is off.", gt=0, le=2),
+    _optional(int, "seed", "Same seed and input, same answer.", ge=0, le=2**63 - 1),
+    _optional(
+        list[Annotated[str, StringConstraints(min_length=1)]],
+        "stop",
+        "The answer ends before the first of these.",
+        max_length=8,
+    ),
+)
+"""All options that a caller may set. Bounds are those of the model; it checks them again."""
+
+
+class WithOptions(DynamicRunnable[Any, BaseMessage]):
+    """A chat model that takes its sampling options from the call's `configurable`, and else from `defaults`."""
+
+    default: Annotated[RunnableSerializable[Any, BaseMessage], SkipValidation]
+    defaults: dict[str, Any]
+
+    @property
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        """The options, with this chain's defaults."""
+        return [spec._replace(default=self.defaults.get(spec.id, spec.default)) for spec in SAMPLING_OPTIONS]
+
+    def options(self, configurable: Mapping[str, Any]) -> dict[str, Any]:
+        """The call arguments for a `configurable`."""
+        given = {spec.id: configurable.get(spec.id) for spec in SAMPLING_OPTIONS}
+        return {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
+
+    def _prepare(self, config: RunnableConfig | None = None) -> tuple[Runnable[Any, BaseMessage], RunnableConfig]:
+        config = config or {}
+        return self.default.bind(**self.options(config.get("configurable", {}))), config
+
+
+def with_options(model: BaseChatModel, **defaults: Any) -> WithOptions:
+    """Let callers set the model's sampling options, from these defaults."""
+    return WithOptions(default=model, defaults=defaults)

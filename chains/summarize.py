@@ -1,0 +1,88 @@
+"""The summary chain: a text in, a short one out."""
+
+from typing import Annotated, Any, Literal
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import BaseMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+from chains.chain import Chain
+from chains.options import with_options, without_default
+from chains.translate import Language, Text
+
+STYLES = {
+    "paragraph": "one paragraph",
+    "bullets": "a list of bullet points, each on a line that begins with '- '",
+    "headline": "a single headline",
+}
+
+PROMPT = ChatPromptTemplate(
+    [
+        (
+            "system",
+            "You summarize texts. Write {form}{length}{language}. Use only what the text says. "
+            "Answer with the summary alone.",
+        ),
+        ("human", "Summarize this text:\n\n{text}"),
+    ]
+)
+
+
+class SummarizeInput(BaseModel):
+    """A text to summarize."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: Annotated[Text, Field(description="What to summarize.")]
+    style: Annotated[Literal["paragraph", "bullets", "headline"], Field(description="The form of the summary.")] = (
+        "paragraph"
+    )
+    max_words: Annotated[
+        int | SkipJsonSchema[None],
+        Field(description="How long it may be; asked of the model.", ge=5, le=2000, json_schema_extra=without_default),
+    ] = None
+    language: Annotated[
+        Language | SkipJsonSchema[None],
+        Field(
+            description="The language of the summary; the text's own if not given.", json_schema_extra=without_default
+        ),
+    ] = None
+
+
+def build(model: BaseChatModel) -> Chain:
+    """Build the summary chain over a model."""
+    answer = with_options(model, temperature=0.0, repetition_penalty=1.0)
+    runnable = (RunnableLambda(_variables) | PROMPT | answer | StrOutputParser()).with_types(
+        input_type=SummarizeInput, output_type=str
+    )
+    return Chain(
+        name="summarize",
+        description="Summarize a text.",
+        runnable=runnable,
+        input_type=SummarizeInput,
+        messages=messages,
+        options=answer.options,
+        example={
+            "text": "The cat sat on the mat. It rained all day, so it did not want to go out.",
+            "style": "headline",
+        },
+    )
+
+
+def messages(summarize_input: dict[str, Any]) -> list[BaseMessage]:
+    """What the model is shown."""
+    return PROMPT.invoke(_variables(summarize_input)).to_messages()
+
+
+def _variables(summarize_input: dict[str, Any]) -> dict[str, Any]:
+    max_words, language = summarize_input.get("max_words"), summarize_input.get("language")
+    return {
+        "text": summarize_input["text"],
+        "form": STYLES[summarize_input.get("style") or "paragraph"],
+        "length": f" of at most {max_words} words" if max_words else "",
+        "language": f" in {language}" if language else ", in the language of the text",
+    }

@@ -1,0 +1,97 @@
+"""The seam between the adapters and whatever generates: ids in, a `Generation` out. Knows no torch and no LangChain."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from llm.checkpoint import Checkpoint
+from llm.errors import ContextOverflow, InvalidOption
+from llm.generation import Generation
+from llm.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What an engine is asked for."""
+
+    prompt: tuple[int, ...]
+    """Token ids."""
+    sampling: Sampling
+    deadline: float | None = None
+    """`time.monotonic()` seconds after which the request ends, wherever it is."""
+    owner: str = ""
+    """Requests of one owner may share computed prefixes."""
+    caller: str = ""
+    """One HTTP request, however many generations it submits: turns go round between callers."""
+    trace_id: str = ""
+
+
+class EngineState(StrEnum):
+    """What can be expected of an engine."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DEGRADED = "degraded"
+    """It works, but something went wrong lately."""
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineHealth:
+    """A look at an engine."""
+
+    state: EngineState
+    model: str
+    """The model reference that it was started with."""
+    running: int = 0
+    """Requests being generated."""
+    waiting: int = 0
+    """Requests in the queue."""
+    slots: int = 0
+    """Requests that can run at once."""
+    context: int = 0
+    """Tokens of prompt and answer together, at most."""
+    error: str | None = None
+    """What killed or degraded it."""
+
+
+class Engine(Protocol):
+    """Anything that turns token ids into text. Ready to use from any thread and any event loop."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Names, ids and limits of the model. Raises `EngineLoading` or `EngineDead` while there is none."""
+        ...
+
+    def generate(self, request: Request) -> Generation:
+        """Admit a request and return at once, or raise a typed error: `InvalidOption`, `ContextOverflow`, or an
+        `EngineError`."""
+        ...
+
+    def health(self) -> EngineHealth:
+        """A look at the engine; cheap."""
+        ...
+
+    def close(self) -> None:
+        """End everything that runs or waits, and free the model."""
+        ...
+
+
+def check_limits(request: Request, checkpoint: Checkpoint) -> int:
+    """Hold a request against the model's limits; return how many tokens it may generate at most.
+
+    Raises `ContextOverflow` and `InvalidOption`.
+    """
+    num_prompt, sampling = len(request.prompt), request.sampling
+    if num_prompt == 0:
+        raise InvalidOption("prompt", "at least one token", num_prompt)
+    if sampling.top_k > checkpoint.vocab_size:
+        raise InvalidOption("top_k", f"at most {checkpoint.vocab_size}, the size of the vocabulary", sampling.top_k)
+    room = checkpoint.context - num_prompt
+    if room < 1:
+        raise ContextOverflow(prompt=num_prompt, context=checkpoint.context)
+    if sampling.max_tokens is None:
+        return room
+    if sampling.max_tokens > room:
+        raise ContextOverflow(prompt=num_prompt, context=checkpoint.context, max_tokens=sampling.max_tokens)
+    return sampling.max_tokens

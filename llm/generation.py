@@ -1,0 +1,191 @@
+"""What an engine gives back for a request: chunks that can be iterated sync and async, and cancelled at any time.
+
+One producer (the engine's thread) and one consumer (any thread, or any event loop). What is ready at once leaves as
+one chunk, so a slow reader costs neither the engine a wait nor the server a growing queue of chunks.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Self
+
+from llm.errors import LLMError
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    """The model ended its turn, or a stop string was reached."""
+    LENGTH = "length"
+    """`max_tokens` or the end of the context was reached."""
+    CANCELLED = "cancelled"
+    """Somebody called `cancel()`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that a request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens that did not have to be computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probabilities under the model's own distribution, before any sampling option."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest alternatives, best first, as (token id, log-probability)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token."""
+
+    id: int
+    logprob: TokenLogprob | None = None
+    """Present if the request asked for log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer. Only the last one has `finish_reason` and `usage`.
+
+    `text` may lag behind `token_ids`: it holds whole characters only, and nothing that could begin a stop string.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+    def __add__(self, other: "Chunk") -> "Chunk":
+        return Chunk(
+            self.text + other.text,
+            self.token_ids + other.token_ids,
+            self.logprobs + other.logprobs,
+            other.finish_reason or self.finish_reason,
+            other.usage or self.usage,
+        )
+
+
+@dataclass(slots=True)
+class Timings:
+    """When things happened, in `time.monotonic()` seconds; None: not yet."""
+
+    queued: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+
+class Generation:
+    """An answer in the making. Iterate it (`for` or `async for`) to get its chunks; `cancel()` to end it.
+
+    It always ends: after a chunk with a `finish_reason`, or by raising the typed error that stopped it.
+    """
+
+    def __init__(self, on_cancel: Callable[["Generation"], None]) -> None:
+        self.timings = Timings()
+        self._on_cancel = on_cancel
+        self._ready = threading.Condition()
+        self._loop_waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._pending: Chunk | None = None
+        self._error: LLMError | None = None
+        self._is_ended = False
+
+    @property
+    def is_ended(self) -> bool:
+        """True once nothing more will be produced."""
+        return self._is_ended
+
+    def cancel(self) -> None:
+        """End it now, in whatever phase it is. The engine frees its slot within one step. Harmless when ended."""
+        if self._put(Chunk(finish_reason=FinishReason.CANCELLED), ends=True):
+            self._on_cancel(self)
+
+    # The consumer's side.
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        with self._ready:
+            while not self._has_news():
+                self._ready.wait()
+            chunk = self._take()
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while True:
+            with self._ready:
+                if self._has_news():
+                    chunk = self._take()
+                    break
+                loop = asyncio.get_running_loop()
+                waiter = loop.create_future()
+                self._loop_waiter = (loop, waiter)
+            await waiter
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    def _has_news(self) -> bool:
+        return self._pending is not None or self._is_ended
+
+    def _take(self) -> Chunk | None:
+        """What has come since the last call; None when all has been taken. Raises what ended the generation."""
+        chunk, self._pending = self._pending, None
+        if chunk is None and self._error is not None:
+            raise self._error
+        return chunk
+
+    # The producer's side.
+
+    def deliver(self, chunk: Chunk) -> None:
+        """Hand over a piece; one with a `finish_reason` is the last. Ignored once ended."""
+        self._put(chunk, ends=chunk.finish_reason is not None)
+
+    def fail(self, error: LLMError) -> None:
+        """End with an error. Ignored once ended."""
+        self._put(None, ends=True, error=error)
+
+    def _put(self, chunk: Chunk | None, *, ends: bool, error: LLMError | None = None) -> bool:
+        with self._ready:
+            if self._is_ended:
+                return False
+            if chunk is not None:
+                self._pending = chunk if self._pending is None else self._pending + chunk
+                if chunk.token_ids and self.timings.first_token is None:
+                    self.timings.first_token = time.monotonic()
+            if ends:
+                self._error = error
+                self._is_ended = True
+                self.timings.ended = time.monotonic()
+            self._ready.notify_all()
+            loop_waiter, self._loop_waiter = self._loop_waiter, None
+        if loop_waiter is not None:
+            loop, waiter = loop_waiter
+            with contextlib.suppress(RuntimeError):  # the consumer's loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_wake, waiter)
+        return True
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

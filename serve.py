@@ -1,0 +1,53 @@
+"""Serve LangChain chains on a local Llama 3: settings, model, chains, application. `python serve.py --help`."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from chains import build_chains
+from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine
+from service.app import create_app
+from service.settings import Settings, read_settings
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve until told to stop."""
+    settings = read_settings(arguments)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keep_quiet_outside(settings)
+    serve(settings)
+
+
+def serve(settings: Settings) -> None:
+    """Load the model in the background and serve its chains."""
+    engine = LocalEngine(
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        max_context=settings.max_context,
+        max_queue=settings.max_queue,
+    )
+    model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
+    app = create_app(settings, chains=build_chains(model), check=model.check, engine=engine)
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        timeout_graceful_shutdown=settings.drain_timeout_s,
+    )
+
+
+def keep_quiet_outside(settings: Settings) -> None:
+    """Nothing leaves the machine while serving: no telemetry, and no tracing unless it was asked for."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if not settings.langsmith:
+        for name in ("LANGSMITH_TRACING", "LANGSMITH_TRACING_V2", "LANGCHAIN_TRACING", "LANGCHAIN_TRACING_V2"):
+            os.environ[name] = "false"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

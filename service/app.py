@@ -1,0 +1,55 @@
+"""The application: puts the parts together. Reads nothing from the environment; it is handed everything."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import anyio.to_thread
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
+from sse_starlette.sse import unpatch_uvicorn_signal_handler
+from starlette.exceptions import HTTPException
+
+from chains import Chain
+from llm.engine import Engine
+from service.disconnect import CancelOnDisconnect
+from service.door import Check
+from service.errors import ErrorBoundary, Refusal, answer_error
+from service.health import health_router
+from service.pages import add_index
+from service.routes import host
+from service.settings import Settings
+
+
+def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, engine: Engine) -> FastAPI:
+    """Build the application.
+
+    Args:
+        settings: Limits and paths.
+        chains: What to host.
+        check: The model's own limits, asked by the door.
+        engine: Looked at by `/health`, and closed at the end.
+    """
+    # sse-starlette cuts running streams off at SIGTERM; uvicorn lets them end.
+    unpatch_uvicorn_signal_handler()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await anyio.to_thread.run_sync(engine.close)
+
+    app = FastAPIOffline(  # FastAPI's own /docs loads its scripts from a content delivery network
+        title="LangChain chains on a local Llama 3",
+        root_path=settings.root_path,
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    for kind in (HTTPException, RequestValidationError, Refusal):
+        app.add_exception_handler(kind, answer_error)
+    app.add_middleware(CancelOnDisconnect)
+    app.add_middleware(ErrorBoundary)  # added last, so outermost
+    app.include_router(health_router(engine))
+    add_index(app, chains, engine)
+    for chain in chains:
+        host(app, chain, check, settings)
+    return app

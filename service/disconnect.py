@@ -1,0 +1,45 @@
+"""A client that goes away takes its work with it, on every endpoint."""
+
+import anyio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class CancelOnDisconnect:
+    """Cancels a request's work when its client disconnects.
+
+    LangServe (0.3.3) notices a disconnect only in streams: an `/invoke` or `/batch` goes on for nobody.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # One message at a time, so that a body is read no faster than the application takes it.
+        put, get = anyio.create_memory_object_stream[Message]()
+        is_complete = False
+
+        async def pump() -> None:
+            with put:
+                while (message := await receive())["type"] != "http.disconnect":
+                    await put.send(message)
+            if not is_complete:
+                work.cancel_scope.cancel()
+
+        async def take() -> Message:
+            try:
+                return await get.receive()
+            except anyio.EndOfStream:
+                return {"type": "http.disconnect"}
+
+        async def forward(message: Message) -> None:
+            nonlocal is_complete
+            await send(message)
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        async with anyio.create_task_group() as work, get:
+            work.start_soon(pump)
+            await self.app(scope, take, forward)
+            work.cancel_scope.cancel()

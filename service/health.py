@@ -1,0 +1,44 @@
+"""Whether the service lives, and whether work can be sent to it."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from llm.engine import Engine, EngineHealth, EngineState
+
+
+def health_router(engine: Engine) -> APIRouter:
+    """`/health` and `/ready`."""
+    router = APIRouter(tags=["health"])
+
+    @router.get("/health")
+    def health() -> JSONResponse:
+        """200 while the service lives, loading included; 503 when the engine is dead."""
+        now = engine.health()
+        return JSONResponse(_report(now), 503 if now.state is EngineState.DEAD else 200)
+
+    @router.get("/ready")
+    def ready() -> JSONResponse:
+        """200 when work can be sent here, else 503."""
+        now = engine.health()
+        return JSONResponse(_report(now), 200 if now.state in (EngineState.READY, EngineState.DEGRADED) else 503)
+
+    return router
+
+
+def _report(health: EngineHealth) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "status": "error" if health.state is EngineState.DEAD else "ok",
+        "model": health.model,
+        "engine": {
+            "state": health.state,
+            "running": health.running,
+            "waiting": health.waiting,
+            "slots": health.slots,
+            "context": health.context,
+        },
+    }
+    if health.error is not None:
+        report["engine"]["error"] = health.error
+    return report

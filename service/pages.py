@@ -1,0 +1,73 @@
+"""The page for people: what is hosted here, and how to try it. It loads nothing from elsewhere."""
+
+import json
+from collections.abc import Sequence
+from html import escape
+from string import Template
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse
+
+from chains import Chain
+from llm.engine import Engine
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Chains on a local Llama 3</title>
+<style>
+:root { color-scheme: light dark; font-family: system-ui, sans-serif; line-height: 1.5; }
+body { max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }
+pre { overflow-x: auto; padding: .75rem; border: 1px solid #8888; border-radius: .4rem; }
+h2 { margin-bottom: 0; } p { margin: .3rem 0; }
+</style>
+</head>
+<body>
+<h1>Chains on a local Llama 3</h1>
+<p>Model <strong>$model</strong>: $state.
+<a href="$root/docs">API documentation</a>, <a href="$root/health">health</a>.</p>
+$chains
+</body>
+</html>
+""")
+
+CHAIN = Template("""<h2>$name</h2>
+<p>$description <a href="$root/$name/playground/">Playground</a>,
+<a href="$root/$name/input_schema">input</a>, <a href="$root/$name/output_schema">output</a>,
+<a href="$root/$name/config_schema">options</a>.</p>
+<pre><code>$curl</code></pre>
+""")
+
+
+def add_index(app: FastAPI, chains: Sequence[Chain], engine: Engine) -> None:
+    """Add `/`."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/", response_class=HTMLResponse)
+    def index(request: Request) -> str:
+        root = request.scope.get("root_path", "").rstrip("/")
+        health = engine.health()
+        return PAGE.substitute(
+            model=escape(health.model),
+            state=escape(f"{health.state}, {health.error}" if health.error else health.state),
+            root=escape(root),
+            chains="".join(
+                CHAIN.substitute(
+                    name=escape(chain.name),
+                    description=escape(chain.description),
+                    root=escape(root),
+                    curl=escape(curl(chain, str(request.base_url).rstrip("/"))),
+                )
+                for chain in chains
+            ),
+        )
+
+    app.include_router(router)
+
+
+def curl(chain: Chain, base_url: str) -> str:
+    """A command line that tries a chain."""
+    body = json.dumps({"input": chain.example}, ensure_ascii=False).replace("'", "\\u0027")
+    return f"curl {base_url}/{chain.name}/invoke -H 'Content-Type: application/json' \\\n  -d '{body}'"
