@@ -1,0 +1,242 @@
+"""What the model sees: the token ids of a conversation, in the chat format of its checkpoint.
+
+Text stays text, whoever wrote it: a message that spells `<|eot_id|>` is encoded as those ten characters, and only the
+chat template puts special tokens into a prompt. For text that spells none, the ids are those of the tokenizer's own
+`apply_chat_template`.
+
+    shield    in the contents, each spelled special token becomes a nonce that no template can take for anything
+    render    the checkpoint's template writes the prompt; every special token spelled in it now is the template's own
+    mark      those become aliases: unguessable tokens that only a private copy of the tokenizer knows
+    unshield  the contents get their text back
+    encode    once over the whole prompt, by a copy that reads spelled special tokens as plain text
+
+Encoding the pieces apart would be simpler, but merges and prefix spaces reach across their borders. transformers'
+`sanitize_control_tokens` does so, and switches the shared tokenizer back and forth, which is not safe between threads.
+
+Knows messages, templates and tokenizers. Does not know how long a context is, who asks, or what becomes of the ids.
+"""
+
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from llm.errors import InvalidMessage, UnsupportedModel
+
+# Meta's own format for Llama 3, for checkpoints that come without a template.
+_LLAMA3_TEMPLATE = (
+    "<|begin_of_text|>"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + ('ipython' if message['role'] == 'tool' else message['role']) + '<|end_header_id|>' }}"
+    "{{ '\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+_LLAMA3_TOKENS = frozenset({"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"})
+
+# Llama 3.1 and later write a date into the system block: today's, or this one, which is their templates' default.
+# Today's would change the first tokens of every prompt at midnight, and with them all prefixes that could be reused.
+_DATE = "26 Jul 2024"
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+    "tool": "tool",
+}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[BaseMessage]) -> list[int]:
+    """Give the ids that the model sees for a conversation, up to where its answer begins.
+
+    Contents may be strings or lists of text blocks, which are joined without a separator, as LangChain's `text` does.
+    Names of messages are ignored. Raises InvalidMessage for what cannot be shown to this model, naming the field, and
+    UnsupportedModel where the checkpoint has no usable chat template. Any number of threads may call it.
+    """
+    template = _chat_template(tokenizer)
+    if template is None:
+        raise UnsupportedModel("the checkpoint has no chat template, and its vocabulary is not Llama 3's")
+    if not messages:
+        raise InvalidMessage("messages", "there must be at least one message")
+    turns = [(_role(message, f"messages[{i}]"), _text(message, f"messages[{i}]")) for i, message in enumerate(messages)]
+    encoder = _encoder(tokenizer, template)
+    conversation = [
+        {"role": role, "content": encoder.shield(text, f"messages[{i}].content")}
+        for i, (role, text) in enumerate(turns)
+    ]
+    try:
+        prompt = tokenizer.apply_chat_template(
+            conversation, chat_template=template, add_generation_prompt=True, tokenize=False, date_string=_DATE
+        )
+    except TemplateSyntaxError as error:
+        raise UnsupportedModel(f"the checkpoint's chat template is broken: {error}") from error
+    except TemplateError as error:  # the template's own raise_exception, mostly
+        reason = encoder.unshield(str(error))
+        raise InvalidMessage("messages", f"the model's chat template refuses this conversation: {reason}") from None
+    return encoder.encode(encoder.unshield(encoder.mark(str(prompt))), "messages")
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Give the ids of bare text: nothing is added to it, and special tokens spelled in it are plain text."""
+    encoder = _encoder(tokenizer, _chat_template(tokenizer) or "")
+    return encoder.encode(encoder.checked(text, "text"), "text")
+
+
+def count(tokenizer: PreTrainedTokenizerBase, messages: Sequence[BaseMessage]) -> int:
+    """Count the tokens that a conversation takes in the prompt; raises what `encode` raises."""
+    return len(encode(tokenizer, messages))
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    template: object = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if isinstance(template, str):
+        return template
+    return _LLAMA3_TEMPLATE if tokenizer.get_added_vocab().keys() >= _LLAMA3_TOKENS else None
+
+
+def _role(message: BaseMessage, field: str) -> str:
+    if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
+        # Without them, the model would see the answers of tools that nobody called.
+        raise InvalidMessage(f"{field}.tool_calls", "tool calls cannot be shown to this model")
+    match message:
+        case SystemMessage():
+            return "system"
+        case HumanMessage():
+            return "user"
+        case AIMessage():
+            return "assistant"
+        case ToolMessage():
+            return "tool"
+        case ChatMessage(role=role) if role in _ROLES:
+            return _ROLES[role]
+        case ChatMessage(role=role):
+            raise InvalidMessage(f"{field}.role", f"unknown role {role!r}; known are {', '.join(_ROLES)}")
+    raise InvalidMessage(field, f"messages of type {message.type!r} cannot be shown to a model")
+
+
+def _text(message: BaseMessage, field: str) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "".join(_block(block, f"{field}.content[{i}]") for i, block in enumerate(message.content))
+
+
+def _block(block: object, field: str) -> str:
+    match block:
+        case str():
+            return block
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": kind} if kind != "text":
+            raise InvalidMessage(field, f"this model reads text only, got a block of type {kind!r}")
+    raise InvalidMessage(field, 'a block must be text or {"type": "text", "text": "…"}')
+
+
+@lru_cache(maxsize=4)
+def _encoder(tokenizer: PreTrainedTokenizerBase, template: str) -> "_Encoder":
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise UnsupportedModel("the checkpoint has no fast tokenizer (tokenizer.json)")
+    return _Encoder(backend, template)
+
+
+class _Encoder:
+    """A private copy of a tokenizer that keeps text and special tokens apart. Immutable once built.
+
+    Special are the added tokens that say so, and those that the template spells: fine-tuned checkpoints often forget
+    the flag on their `<|im_start|>`.
+    """
+
+    def __init__(self, backend: Tokenizer, template: str) -> None:
+        specials = {
+            token.content: (token_id, token)
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special or (token.content in template and not token.content.isspace())
+        }
+        # Digits pass through every filter of a template (trim, upper, tojson); aliases never meet one, and their
+        # private-use characters occur in no special token. Of fixed width, so that none is the beginning of another.
+        self._nonce = "".join(secrets.choice("0123456789") for _ in range(40))
+        self._alias = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(12))
+        self._nonces = {spelling: f"{self._nonce}{i:05}" for i, spelling in enumerate(specials)}
+        self._aliases = {spelling: f"{self._alias}{i:05}" for i, spelling in enumerate(specials)}
+        self._guard = f"{self._nonce}99999"  # stands for nothing; keeps what is left and right of it apart
+        self._originals = {nonce: spelling for spelling, nonce in self._nonces.items()} | {self._guard: ""}
+        self._special = _any_of(specials)
+        self._shielded = re.compile(rf"{self._nonce}\d{{5}}")
+
+        self._spellings = "\n".join(specials)
+        self._heads = frozenset(spelling[:n] for spelling in specials for n in range(1, len(spelling)))
+        self._tails = frozenset(spelling[n:] for spelling in specials for n in range(1, len(spelling)))
+        self._reach = max(map(len, specials), default=0)
+
+        self._tokenizer = Tokenizer.from_str(backend.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.add_special_tokens([token for _, token in specials.values() if not token.special])
+        # Not normalized, whatever the original is: where a normalizer puts a mark before a token, tokenizers miss the
+        # ones that a template writes without a space, and would show the model `<`, `s`, `>` for its `<s>`.
+        self._tokenizer.add_tokens(
+            [
+                AddedToken(self._aliases[spelling], lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
+                for spelling, (_, token) in specials.items()
+            ]
+        )
+        self._tokenizer.encode_special_tokens = True
+        self._ids = {
+            self._tokenizer.token_to_id(self._aliases[spelling]): token_id
+            for spelling, (token_id, _) in specials.items()
+        }
+        unknown = getattr(self._tokenizer.model, "unk_token", None)  # may stand for a character, never for a spelling
+        self._forbidden = frozenset(token_id for token_id, token in specials.values() if token.content != unknown)
+
+    def checked(self, text: str, field: str) -> str:
+        """Give the text back, or raise InvalidMessage where no tokenizer can encode it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidMessage(field, f"the text has a lone surrogate at position {error.start}") from None
+        if self._nonce in text or self._alias in text:  # 130 random bits: somebody has read this process's memory
+            raise InvalidMessage(field, "the text holds a marker that is reserved")
+        return text
+
+    def shield(self, text: str, field: str) -> str:
+        """Make a content that no template can turn into a special token, alone or with what it writes next to it."""
+        text = self._special.sub(lambda match: self._nonces[match[0]], self.checked(text, field))
+        core = text.strip()
+        if not core or not self._could_join(core):
+            return text
+        start = len(text) - len(text.lstrip())  # guards go inside of the whitespace, which templates like to strip
+        return f"{text[:start]}{self._guard}{core}{self._guard}{text[start + len(core) :]}"
+
+    def _could_join(self, core: str) -> bool:
+        return core in self._spellings or any(
+            core[:n] in self._tails or core[-n:] in self._heads for n in range(1, self._reach)
+        )
+
+    def unshield(self, text: str) -> str:
+        """Put the text that was shielded back in its place."""
+        return self._shielded.sub(lambda match: self._originals[match[0]], text)
+
+    def mark(self, prompt: str) -> str:
+        """Turn the special tokens that a template has spelled into the ones that the copy reads as such."""
+        return self._special.sub(lambda match: self._aliases[match[0]], prompt)
+
+    def encode(self, text: str, field: str) -> list[int]:
+        """Encode in one pass, without adding anything; only marked special tokens come out as special ids."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not self._forbidden.isdisjoint(ids):  # a vocabulary that spells its special tokens as ordinary words, too
+            raise InvalidMessage(field, "the tokenizer cannot tell this text from a special token")
+        return [self._ids.get(token_id, token_id) for token_id in ids]
+
+
+def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
+    """Match the longest of the spellings, as tokenizers do; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or r"(?!)")

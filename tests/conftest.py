@@ -1,0 +1,27 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server import Server
+from tests.tiny_llama3 import build_tiny_llama3
+
+
+@pytest.fixture(scope="session")
+def tiny_llama3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory: Llama 3's tokenizer and template, random weights."""
+    return build_tiny_llama3(tmp_path_factory.mktemp("tiny-llama3"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The service with the embedded model, as `make serve` starts it."""
+    with Server(tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The service with a scripted model: see `tests/scripted_server.py`."""
+    with Server(tmp_path_factory.mktemp("scripted-server") / "log", script="tests/scripted_server.py") as server:
+        yield server

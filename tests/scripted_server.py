@@ -1,0 +1,32 @@
+"""Serves the hosted chains over a scripted model, which does what the last message tells it to.
+
+    fail         the answer breaks off with an error after a few words
+    slow         a long answer, 50 ms a word
+    else         says the same again
+"""
+
+import time
+from collections.abc import Iterator
+
+from llm import ScriptedEngine
+from serve import run
+from service.settings import Settings
+
+SLOW_WORDS = 200
+
+
+def script(message: str) -> Iterator[str]:
+    """Do as the message says."""
+    if "fail" in message:
+        yield "it was going well "
+        raise RuntimeError("secret detail")
+    if "slow" in message:
+        for index in range(SLOW_WORDS):
+            time.sleep(0.05)
+            yield f"word{index} "
+    else:
+        yield message
+
+
+if __name__ == "__main__":
+    run(Settings(), ScriptedEngine(script))

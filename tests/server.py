@@ -1,0 +1,84 @@
+"""A real server in a process of its own, for tests that talk to it over the network."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+START_TIMEOUT_S = 120
+
+
+class Server:
+    """Runs `serve.py`, or a script that serves something like it, on a free port of the loopback interface.
+
+    Use it as a context manager: inside it, the server is ready. What it logs goes to `log`.
+    """
+
+    def __init__(self, log: Path, *, script: str = "serve.py", **settings: str) -> None:
+        self.log = log
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._script = script
+        self._settings = {f"SERVE_{name.upper()}": value for name, value in settings.items()}
+        self.process: subprocess.Popen[bytes]
+
+    def __enter__(self) -> Self:
+        environment = {**os.environ, "SERVE_PORT": str(self.port), **self._settings, "PYTHONPATH": str(ROOT)}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, self._script], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.process.kill()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self, timeout_s: float = 30) -> int:
+        """Tell it to stop, and return its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def health(self) -> dict[str, object]:
+        """What `/health` says of the engine."""
+        engine: dict[str, object] = httpx.get(f"{self.url}/health").json()["engine"]
+        return engine
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()}")
+            try:
+                if httpx.get(f"{self.url}/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise TimeoutError(f"the server is not ready after {START_TIMEOUT_S} s:\n{self.log.read_text()}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
