@@ -8,7 +8,8 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_PARTIAL = 3
-"""Bytes of a UTF-8 character that is not yet whole, at most; a byte-fallback decoder shows each as one replacement."""
+"""Bytes of a UTF-8 character that is not yet whole, at most. A byte-level decoder shows them as one replacement, a
+byte-fallback one as one each, and so all whole characters that stand right before them."""
 WINDOW = 32
 """Ids decoded together at most: enough context for leading spaces, few enough to be cheap at every step."""
 
@@ -25,14 +26,21 @@ class Detokenizer:
         self._decode = tokenizer.backend_tokenizer.decode
         self._ids: list[int] = []
         self._sent = 0  # characters of the window's text that are out
+        self._num_pending = 0  # ids since the text last ended in a whole character
 
     def push(self, ids: Sequence[int]) -> str:
         """Take in new ids; return the text that has become certain."""
         self._ids.extend(ids)
         text = self._decode(self._ids, skip_special_tokens=True)
         certain = len(text)
-        while certain and len(text) - certain < MAX_PARTIAL and text[certain - 1] == REPLACEMENT:
-            certain -= 1
+        if text.endswith(REPLACEMENT):
+            self._num_pending += len(ids)
+            if self._num_pending <= MAX_PARTIAL:
+                return ""
+            # No character takes so many tokens: it is broken for good, all but the end of it.
+            certain = max(len(text.rstrip(REPLACEMENT)), len(text) - MAX_PARTIAL)
+        else:
+            self._num_pending = 0
         new = text[self._sent : certain]
         self._sent = max(self._sent, certain)
         if len(self._ids) > WINDOW:
@@ -51,7 +59,10 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds the first stop string in a text that comes in pieces, and holds back what may become one."""
+    """Finds the first stop string in a text that comes in pieces, and holds back what may become one.
+
+    The first is the one that is complete first, so that it does not matter how the text was cut.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -61,11 +72,11 @@ class StopStrings:
     def push(self, text: str) -> str:
         """Take in more text; return what can be sent."""
         held = self._held + text
-        starts = [start for stop in self._stops if (start := held.find(stop)) >= 0]
-        if starts:
+        found = [(start + len(stop), start) for stop in self._stops if (start := held.find(stop)) >= 0]
+        if found:
             self.is_found = True
             self._held = ""
-            return held[: min(starts)]
+            return held[: min(found)[1]]
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

@@ -1,0 +1,106 @@
+import asyncio
+import threading
+
+import pytest
+
+from llm.errors import GenerationFailed
+from llm.generation import Chunk, FinishReason, Generation, Usage
+
+
+def new_generation() -> Generation:
+    return Generation(on_cancel=lambda generation: None)
+
+
+def last(text: str = "") -> Chunk:
+    return Chunk(text, (2,), finish_reason=FinishReason.STOP, usage=Usage(3, 2))
+
+
+def test_what_is_ready_at_once_leaves_as_one_chunk() -> None:
+    generation = new_generation()
+    generation.deliver(Chunk("a", (1,)))
+    generation.deliver(last("b"))
+
+    assert list(generation) == [Chunk("ab", (1, 2), finish_reason=FinishReason.STOP, usage=Usage(3, 2))]
+
+
+def test_a_reader_waits_for_what_comes_from_another_thread() -> None:
+    generation = new_generation()
+    threading.Timer(0.05, generation.deliver, [Chunk("a", (1,))]).start()
+    threading.Timer(0.1, generation.deliver, [last("b")]).start()
+
+    assert [chunk.text for chunk in generation] == ["a", "b"]
+
+
+async def test_an_async_reader_waits_for_what_comes_from_another_thread() -> None:
+    generation = new_generation()
+    threading.Timer(0.05, generation.deliver, [Chunk("a", (1,))]).start()
+    threading.Timer(0.1, generation.deliver, [last("b")]).start()
+
+    assert [chunk.text async for chunk in generation] == ["a", "b"]
+
+
+def test_text_that_came_before_an_error_is_read_before_it_is_raised() -> None:
+    generation = new_generation()
+    generation.deliver(Chunk("a", (1,)))
+    generation.fail(GenerationFailed("broken"))
+
+    assert next(generation).text == "a"
+    with pytest.raises(GenerationFailed, match="broken"):
+        next(generation)
+
+
+def test_cancelling_ends_a_waiting_reader_and_tells_the_engine_once() -> None:
+    told: list[Generation] = []
+    generation = Generation(on_cancel=told.append)
+    threading.Timer(0.05, generation.cancel).start()
+
+    chunks = list(generation)
+    generation.cancel()
+
+    assert [chunk.finish_reason for chunk in chunks] == [FinishReason.CANCELLED]
+    assert told == [generation]
+
+
+def test_nothing_is_added_once_it_has_ended() -> None:
+    generation = new_generation()
+    generation.cancel()
+    generation.deliver(Chunk("late", (1,)))
+    generation.fail(GenerationFailed("late"))
+
+    assert "".join(chunk.text for chunk in generation) == ""
+
+
+async def test_a_cancelled_async_reader_can_be_followed_by_another() -> None:
+    generation = new_generation()
+    reader = asyncio.create_task(anext(generation))
+    await asyncio.sleep(0.01)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    generation.deliver(last("a"))
+
+    assert [chunk.text async for chunk in generation] == ["a"]
+
+
+def test_a_reader_whose_event_loop_is_gone_does_not_trouble_the_engine() -> None:
+    generation = new_generation()
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(generation), 0.01)
+
+    asyncio.run(give_up())
+
+    generation.deliver(last("a"))
+    assert next(generation).text == "a"
+
+
+def test_timings_are_taken_in_order() -> None:
+    generation = new_generation()
+    generation.deliver(Chunk("", (1,)))
+    generation.deliver(last())
+    timings = generation.timings
+
+    assert timings.first_token is not None
+    assert timings.ended is not None
+    assert timings.queued <= timings.first_token <= timings.ended

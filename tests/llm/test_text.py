@@ -1,0 +1,158 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from llm.scripted_engine import byte_tokenizer
+from llm.text import MAX_PARTIAL, REPLACEMENT, WINDOW, Detokenizer, StopStrings, TextStream
+
+TEXTS = [
+    "Hello, world!",
+    "  leading   spaces\n\n\tand tabs ",
+    "你好，世界。今天天气很好！",
+    "مرحبا بالعالم، كيف حالك؟",
+    "👩‍👩‍👧‍👦 family 🏳️‍🌈 flags 🇫🇷 and é combining",
+    "def f(x):\n    return x  # ünïcödé\n",
+    "नमस्ते दुनिया ประเทศไทย 한국어",
+    "long " * 200 + "🙂" * 50,
+]
+
+
+@pytest.fixture(scope="module")
+def llama3(tiny_llama3: Path) -> PreTrainedTokenizerFast:
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(tiny_llama3)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Like Llama 2's: spaces are part of tokens, a leading one is dropped, and rare characters are bytes."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyzHW,.!", "▁a", "▁H"]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=[("▁", "a"), ("▁", "H")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.fixture(params=["llama3", "bytes", "sentencepiece"])
+def tokenizer(
+    request: pytest.FixtureRequest, llama3: PreTrainedTokenizerFast, sentencepiece: PreTrainedTokenizerFast
+) -> PreTrainedTokenizerFast:
+    by_name = {"llama3": llama3, "bytes": byte_tokenizer(), "sentencepiece": sentencepiece}
+    chosen: PreTrainedTokenizerFast = by_name[request.param]
+    return chosen
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_pieces_add_up_to_the_text_and_hold_whole_characters_only(
+    tokenizer: PreTrainedTokenizerFast, text: str
+) -> None:
+    ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    detokenizer = Detokenizer(tokenizer)
+
+    pieces = [detokenizer.push([token_id]) for token_id in ids]
+
+    assert not any(REPLACEMENT in piece for piece in pieces)
+    assert "".join(pieces) == tokenizer.backend_tokenizer.decode(ids)
+
+
+def test_the_space_that_leads_a_word_is_kept_and_the_one_that_leads_the_text_is_not(
+    sentencepiece: PreTrainedTokenizerFast,
+) -> None:
+    ids = sentencepiece.backend_tokenizer.encode("Hi a b").ids
+    detokenizer = Detokenizer(sentencepiece)
+
+    assert "".join(detokenizer.push([token_id]) for token_id in ids) == "Hi a b"
+
+
+def test_half_a_character_is_held_back_until_it_is_whole(llama3: PreTrainedTokenizerFast) -> None:
+    ids = byte_tokenizer().backend_tokenizer.encode("🙂!").ids
+    detokenizer = Detokenizer(byte_tokenizer())
+
+    assert [detokenizer.push([token_id]) for token_id in ids] == ["", "", "", "🙂", "!"]
+
+
+@given(st.lists(st.integers(0, 255), max_size=300))
+def test_whatever_the_model_produces_what_is_sent_is_what_decoding_gives(ids: list[int]) -> None:
+    """Broken UTF-8 is shown as replacement characters, all but an incomplete character at the very end."""
+    tokenizer = byte_tokenizer()
+    detokenizer = Detokenizer(tokenizer)
+
+    sent = "".join(detokenizer.push([token_id]) for token_id in ids)
+
+    whole = tokenizer.backend_tokenizer.decode(ids)
+    assert whole.startswith(sent)
+    assert set(whole[len(sent) :]) <= {REPLACEMENT}
+    assert len(whole) - len(sent) <= MAX_PARTIAL
+
+
+def test_the_window_stays_small_however_long_the_text(llama3: PreTrainedTokenizerFast) -> None:
+    ids = llama3.backend_tokenizer.encode("word 🙂 " * 500, add_special_tokens=False).ids
+    detokenizer = Detokenizer(llama3)
+
+    for token_id in ids:
+        detokenizer.push([token_id])
+        assert len(detokenizer._ids) <= WINDOW + 1
+
+
+def cuts(text: str, at: list[int]) -> Iterator[str]:
+    """Cut a text in pieces."""
+    places = sorted({min(place, len(text)) for place in at} | {0, len(text)})
+    for start, end in zip(places, places[1:], strict=False):
+        yield text[start:end]
+
+
+@given(
+    st.text("abc", max_size=30),
+    st.lists(st.text("abc", min_size=1, max_size=4), max_size=4),
+    st.lists(st.integers(0, 30)),
+)
+def test_a_stop_string_ends_the_text_however_it_was_cut(text: str, stops: list[str], at: list[int]) -> None:
+    ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    expected = text[: min(ends)[1]] if ends else text
+    matcher = StopStrings(stops)
+
+    sent = ""
+    for piece in cuts(text, at):
+        sent += matcher.push(piece)
+        assert expected.startswith(sent), "something was sent that belongs to a stop string"
+        if matcher.is_found:
+            break
+    sent += matcher.flush()
+
+    assert sent == expected
+    assert matcher.is_found == bool(ends)
+
+
+def test_a_stop_string_over_several_tokens_is_never_sent_in_part(llama3: PreTrainedTokenizerFast) -> None:
+    ids = llama3.backend_tokenizer.encode("The end. <<STOP>> and more", add_special_tokens=False).ids
+    stream = TextStream(llama3, ["<<STOP>>"])
+
+    sent = []
+    for token_id in ids:
+        sent.append(stream.push([token_id]))
+        if stream.is_stopped:
+            break
+
+    assert "".join(sent) == "The end. "
+
+
+def test_what_looked_like_a_stop_string_is_sent_when_nothing_more_comes() -> None:
+    stream = TextStream(byte_tokenizer(), ["###"])
+
+    sent = stream.push(byte_tokenizer().backend_tokenizer.encode("a##").ids)
+
+    assert (sent, stream.flush()) == ("a", "##")
