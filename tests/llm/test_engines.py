@@ -1,0 +1,264 @@
+"""What every engine does, the scripted one and the real one alike."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm.engine import EngineState, Request
+from llm.errors import ContextOverflow, DeadlineExceeded, EngineDead, EngineLoading, InvalidOption, QueueFull
+from llm.generation import Chunk, FinishReason, Generation
+from llm.local_engine import LocalEngine
+from llm.sampling import Sampling
+from llm.scripted_engine import ScriptedEngine
+from llm.serial_engine import SerialEngine
+
+MAX_QUEUE = 4
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[SerialEngine]:
+    engine = ScriptedEngine("abcdefgh" * 1000, token_delay_s=0.002, max_queue=MAX_QUEUE)
+    engine.wait_until_ready(60)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def local(tiny_llama3: Path) -> Iterator[SerialEngine]:
+    engine = LocalEngine(str(tiny_llama3), max_queue=MAX_QUEUE)
+    engine.wait_until_ready(60)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(params=["scripted", "local"])
+def engine(request: pytest.FixtureRequest) -> SerialEngine:
+    chosen: SerialEngine = request.getfixturevalue(request.param)
+    return chosen
+
+
+def ask(max_tokens: int | None = None, *, deadline: float | None = None, prompt: int = 10, **sampling: Any) -> Request:
+    return Request(
+        prompt=tuple(range(65, 65 + prompt)), sampling=Sampling(max_tokens=max_tokens, **sampling), deadline=deadline
+    )
+
+
+def whole(generation: Generation) -> Chunk:
+    return sum(generation, Chunk())
+
+
+def eventually(is_true: Callable[[], bool], within_s: float = 5) -> None:
+    deadline = time.monotonic() + within_s
+    while not is_true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def is_idle(engine: SerialEngine) -> bool:
+    health = engine.health()
+    return (health.running, health.waiting) == (0, 0)
+
+
+def test_a_request_is_answered_with_its_usage(engine: SerialEngine) -> None:
+    answer = whole(engine.generate(ask(5, temperature=0)))
+
+    assert len(answer.token_ids) == 5
+    assert answer.finish_reason is FinishReason.LENGTH
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (10, 5)
+
+
+async def test_sync_and_async_readers_get_the_same(engine: SerialEngine) -> None:
+    request = ask(20, temperature=0)
+
+    chunks = [chunk async for chunk in engine.generate(request)]
+
+    assert sum(chunks, Chunk()) == whole(engine.generate(request))
+
+
+def test_tokens_stream(engine: SerialEngine) -> None:
+    assert len(list(engine.generate(ask(30)))) > 1
+
+
+def test_requests_are_served_in_order(engine: SerialEngine) -> None:
+    generations = [engine.generate(ask(10)) for _ in range(MAX_QUEUE)]
+
+    for generation in generations:
+        whole(generation)
+
+    admitted = [generation.timings.admitted for generation in generations]
+    assert admitted == sorted(admitted, key=lambda moment: moment or 0)
+
+
+def test_a_full_queue_refuses_with_the_numbers(engine: SerialEngine) -> None:
+    running = engine.generate(ask())
+    next(running)
+    waiting = [engine.generate(ask(1)) for _ in range(MAX_QUEUE)]
+
+    with pytest.raises(QueueFull, match=f"{MAX_QUEUE} requests wait already"):
+        engine.generate(ask(1))
+
+    for generation in [running, *waiting]:
+        generation.cancel()
+    eventually(lambda: is_idle(engine))
+
+
+def test_a_waiting_request_leaves_the_queue_at_once_when_cancelled(engine: SerialEngine) -> None:
+    running = engine.generate(ask())
+    next(running)
+    waiting = engine.generate(ask())
+    assert engine.health().waiting == 1
+
+    waiting.cancel()
+
+    assert engine.health().waiting == 0
+    assert whole(waiting).finish_reason is FinishReason.CANCELLED
+    running.cancel()
+    eventually(lambda: is_idle(engine))
+
+
+def test_a_running_request_ends_within_a_step_when_cancelled(engine: SerialEngine) -> None:
+    running = engine.generate(ask())
+    next(running)
+
+    running.cancel()
+
+    eventually(lambda: is_idle(engine), within_s=1)
+    assert whole(engine.generate(ask(1))).finish_reason is not None
+
+
+def test_a_deadline_ends_a_running_request(engine: SerialEngine) -> None:
+    started = time.monotonic()
+
+    with pytest.raises(DeadlineExceeded, match="not finished in time"):
+        whole(engine.generate(ask(deadline=started + 0.2)))
+
+    assert time.monotonic() - started < 2
+    eventually(lambda: is_idle(engine))
+
+
+def test_a_deadline_ends_a_waiting_request_while_another_runs(engine: SerialEngine) -> None:
+    running = engine.generate(ask())
+    next(running)
+
+    with pytest.raises(DeadlineExceeded):
+        whole(engine.generate(ask(deadline=time.monotonic() + 0.1)))
+
+    assert not running.is_ended
+    running.cancel()
+    eventually(lambda: is_idle(engine))
+
+
+def test_a_prompt_and_answer_beyond_the_context_are_refused_with_the_numbers(engine: SerialEngine) -> None:
+    context = engine.checkpoint.context
+
+    with pytest.raises(ContextOverflow, match=f"the prompt has {context} tokens; the context holds {context}"):
+        engine.generate(Request(prompt=(65,) * context, sampling=Sampling()))
+    with pytest.raises(ContextOverflow, match="max_tokens asks for 8190 more"):
+        engine.generate(ask(8190))
+
+
+def test_options_beyond_the_model_are_refused(engine: SerialEngine) -> None:
+    with pytest.raises(InvalidOption, match="top_k must be at most"):
+        engine.generate(ask(top_k=engine.checkpoint.vocab_size + 1))
+    with pytest.raises(InvalidOption, match="prompt must be at least one token"):
+        engine.generate(ask(prompt=0))
+
+
+def test_logprobs_come_with_every_token(engine: SerialEngine) -> None:
+    answer = whole(engine.generate(ask(4, logprobs=2)))
+
+    assert [item.token_id for item in answer.logprobs] == list(answer.token_ids)
+
+
+def test_a_stop_string_ends_the_answer_before_it(engine: SerialEngine) -> None:
+    unstopped = whole(engine.generate(ask(40, temperature=0)))
+    stop = unstopped.text[3:5]
+
+    answer = whole(engine.generate(ask(40, temperature=0, stop=(stop,))))
+
+    assert answer.text == unstopped.text[: unstopped.text.index(stop)]
+    assert answer.finish_reason is FinishReason.STOP
+
+
+def test_callers_in_many_threads_all_get_their_answers(engine: SerialEngine) -> None:
+    answers: list[Chunk] = []
+
+    def call() -> None:
+        while True:
+            try:
+                answers.append(whole(engine.generate(ask(3))))
+                return
+            except QueueFull:
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=call) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+    assert len(answers) == 20
+
+
+async def test_an_abandoned_async_reader_leaves_nothing_behind(engine: SerialEngine) -> None:
+    generation = engine.generate(ask())
+
+    async def read() -> None:
+        try:
+            async for _ in generation:
+                pass
+        finally:
+            generation.cancel()
+
+    reader = asyncio.create_task(read())
+    await asyncio.sleep(0.05)
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+
+    await asyncio.to_thread(eventually, lambda: is_idle(engine), 1)
+
+
+def test_health_tells_the_phases_of_a_life() -> None:
+    engine = ScriptedEngine(load_delay_s=0.2, name="a model")
+    assert engine.health().state is EngineState.LOADING
+    with pytest.raises(EngineLoading, match="a model is still loading"):
+        engine.generate(ask(1))
+
+    engine.wait_until_ready(30)
+    health = engine.health()
+    assert (health.state, health.model, health.slots, health.context) == (EngineState.READY, "a model", 1, 8192)
+
+    engine.close()
+    assert engine.health().state is EngineState.DEAD
+    with pytest.raises(EngineDead):
+        engine.generate(ask(1))
+
+
+def test_closing_ends_what_runs_and_what_waits() -> None:
+    engine = ScriptedEngine("a" * 5000, token_delay_s=0.01)
+    engine.wait_until_ready(30)
+    running, waiting = engine.generate(ask()), engine.generate(ask())
+    next(running)
+
+    engine.close()
+
+    for generation in (running, waiting):
+        with pytest.raises(EngineDead):
+            whole(generation)
+
+
+def test_a_model_that_cannot_be_had_says_why_in_health_and_to_who_waits(tmp_path: Path) -> None:
+    from llm.errors import ModelError
+
+    engine = LocalEngine(str(tmp_path / "nothing here"))
+
+    with pytest.raises(ModelError):
+        engine.wait_until_ready(60)
+    assert engine.health().state is EngineState.DEAD
+    assert "nothing here" in str(engine.health().error)
