@@ -1,24 +1,24 @@
 """Every error that this package raises on purpose. Imports nothing heavy, so that the service can name them.
 
-    LLMError
-    ├── ModelError                 the model cannot be had; the message says what to do about it
-    │   ├── BadReference           the text is no model reference
-    │   ├── ModelNotFound          no such path, repository, revision or file
-    │   ├── AccessDenied           gated or private, and no token that opens it
-    │   ├── UnsupportedModel       not a causal language model, pickle weights only, no usable tokenizer
-    │   ├── CorruptModel           a shard is missing, empty or cut short
-    │   ├── DownloadFailed         the hub cannot be reached and the cache does not hold the model
-    │   ├── CacheNotWritable       the model must be kept somewhere and cannot
-    │   └── NotEnoughMemory        the weights do not fit (also a MemoryError)
-    ├── InvalidOption              an option is out of its bounds (also a ValueError)
-    ├── InvalidMessage             a message that this model cannot be shown (also a ValueError)
-    ├── ContextOverflow            prompt and answer do not fit the context (also LangChain's ContextOverflowError)
-    └── EngineError
-        ├── EngineLoading          not ready yet: try again
-        ├── EngineDead             the engine has failed or was closed
-        ├── QueueFull              too many requests wait already
-        ├── DeadlineExceeded       the request's time was up (also a TimeoutError)
-        └── GenerationFailed       a step of this request failed; the engine goes on
+LLMError
+├── ModelError                 the model cannot be had; the message says what to do about it
+│   ├── BadReference           the text is no model reference
+│   ├── ModelNotFound          no such path, repository, revision or file
+│   ├── AccessDenied           gated or private, and no token that opens it
+│   ├── UnsupportedModel       not a causal language model, pickle weights only, no usable tokenizer
+│   ├── CorruptModel           a shard is missing, empty or cut short
+│   ├── DownloadFailed         the hub cannot be reached and the cache does not hold the model
+│   ├── CacheNotWritable       the model must be kept somewhere and cannot
+│   └── NotEnoughMemory        the weights do not fit (also a MemoryError)
+├── InvalidOption              an option is out of its bounds (also a ValueError)
+├── InvalidMessage             a message that this model cannot be shown (also a ValueError)
+├── ContextOverflow            prompt and answer do not fit the context (also LangChain's ContextOverflowError)
+└── EngineError
+    ├── EngineLoading          not ready yet: try again
+    ├── EngineDead             the engine has failed or was closed
+    ├── QueueFull              too many requests wait already
+    ├── DeadlineExceeded       the request's time was up (also a TimeoutError)
+    └── GenerationFailed       a step of this request failed; the engine goes on
 """
 
 from langchain_core.exceptions import ContextOverflowError
@@ -73,7 +73,7 @@ class InvalidOption(LLMError, ValueError):
     """An option is out of its bounds: `field` had `value`, `limit` says what is allowed."""
 
     def __init__(self, field: str, limit: str, value: object) -> None:
-        super().__init__(f"{field} must be {limit}, got {_shown(value)}")
+        super().__init__(f"{field} must be {limit}, got {shown(value)}")
         self.field = field
         self.limit = limit
         self.value = value
@@ -95,8 +95,7 @@ class ContextOverflow(LLMError, ContextOverflowError):
             message = f"the prompt has {prompt} tokens; the context holds {context}, the answer included"
         else:
             message = (
-                f"the prompt has {prompt} tokens and max_tokens asks for {max_tokens} more; "
-                f"the context holds {context}"
+                f"the prompt has {prompt} tokens and max_tokens asks for {max_tokens} more; the context holds {context}"
             )
         super().__init__(message)
         self.prompt = prompt
@@ -128,6 +127,7 @@ class GenerationFailed(EngineError):
     """A step of this request failed. The engine goes on with the others."""
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as an error message shows it: short."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

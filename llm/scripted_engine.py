@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING
 
 from llm.checkpoint import Checkpoint
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-Script = Callable[[str], str]
-"""Given what the last message said, what to answer."""
+Script = Callable[[str], str | Iterable[str]]
+"""Given what the last message said, what to answer: at once, or piece by piece as they are asked for."""
 
 
 def echo(message: str) -> str:
@@ -44,7 +44,8 @@ class ScriptedEngine(SerialEngine):
         """Return at once.
 
         Args:
-            script: The answer, or a function from the last message to the answer. If it raises, the request fails.
+            script: The answer, or a function from the last message to the answer. If it raises, at once or between
+                two pieces, the request fails.
             name: The model's name.
             context: Tokens (bytes) of prompt and answer together.
             token_delay_s: Time that each token takes.
@@ -81,11 +82,15 @@ class _Script:
         prompt = self._tokenizer.decode(request.prompt)
         self._prompts.append(prompt)
         answer = self._script(_last_message(prompt))
-        end = self._tokenizer.convert_tokens_to_ids("<|eot_id|>")
-        wants_logprobs = request.sampling.logprobs is not None
-        for token_id in [*self._tokenizer.backend_tokenizer.encode(answer, add_special_tokens=False).ids, end]:
+        for piece in [answer] if isinstance(answer, str) else answer:
+            yield from self._tokens(self._tokenizer.backend_tokenizer.encode(piece).ids, request)
+        yield from self._tokens([self._tokenizer.convert_tokens_to_ids("<|eot_id|>")], request)
+
+    def _tokens(self, ids: Iterable[int], request: Request) -> Generator[Token]:
+        for token_id in ids:
             time.sleep(self._token_delay_s)
-            yield Token(token_id, TokenLogprob(token_id, 0.0) if wants_logprobs else None)
+            wants_logprob = request.sampling.logprobs is not None
+            yield Token(token_id, TokenLogprob(token_id, 0.0) if wants_logprob else None)
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":

@@ -45,7 +45,7 @@ class StandIn:
     break_after: dict[str, int] = field(default_factory=dict)
     """The connection breaks after so many bytes of a file, once."""
     failing: set[str] = field(default_factory=set)
-    """Files that are answered with 503."""
+    """Files that are not to be had: answered with 410, after which neither client tries again."""
     asked: list[Asked] = field(default_factory=list)
 
     def files_sent(self) -> dict[str, int]:
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def reply_file(self, name: str, content: bytes, **headers: str) -> None:
         if name in self.hub.failing:
-            self.reply(503, {})
+            self.reply(410, {})
             return
         start = 0
         if wanted := self.headers.get("Range"):
@@ -131,12 +131,13 @@ class _HuggingFaceHandler(_Handler):
             return
         revisions = self.hub.repos[repo]
         asked_for = rest[1] if len(rest) > 1 else "main"
-        commits = {_commit(repo, revision): revision for revision in revisions}
+        commits = {_commit(files): revision for revision, files in revisions.items()}
         revision = commits.get(asked_for, asked_for)
         if revision not in revisions:
             self.reply(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
             return
-        commit, files = _commit(repo, revision), revisions[revision]
+        files = revisions[revision]
+        commit = _commit(files)
         if api and rest[:1] == ["tree"]:
             self.reply(200, [_tree_entry(name, content) for name, content in files.items()])
         elif api:
@@ -198,8 +199,8 @@ def _served(kind: type[_Handler], variable: str) -> Iterator[StandIn]:
         server.server_close()
 
 
-def _commit(repo: str, revision: str) -> str:
-    return hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
+def _commit(files: Mapping[str, bytes]) -> str:
+    return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
 
 
 def _tree_entry(name: str, content: bytes) -> dict[str, object]:
@@ -231,20 +232,15 @@ except ModelError as error:
 
 
 def environment(home: Path, variables: Mapping[str, str]) -> dict[str, str]:
-    """A user's environment whose caches lie below `home` and who has no tokens."""
+    """A user's environment whose caches lie below `home`, who has no tokens, and whom nothing keeps waiting."""
     kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LANG") if name in os.environ}
     caches = {
         "HF_HOME": str(home / "hf"),
         "MODELSCOPE_CACHE": str(home / "modelscope"),
         "SERVE_CACHE": str(home / "own"),
     }
-    return {
-        **kept,
-        **caches,
-        "HOME": str(home),
-        "PYTHONPATH": str(ROOT),
-        "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0",
-    } | dict(variables)
+    patience = {"MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0", "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}
+    return {**kept, **caches, **patience, "HOME": str(home), "PYTHONPATH": str(ROOT), **variables}
 
 
 def resolve(reference: str, home: Path, variables: Mapping[str, str] = {}, *, refresh: bool = False) -> Outcome:

@@ -1,5 +1,4 @@
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,8 +39,8 @@ def test_turns_end_on_every_id_that_anything_names(tiny: Path) -> None:
 
 def test_a_word_that_is_spelled_like_an_end_of_turn_and_is_not_special_ends_nothing(tiny: Path) -> None:
     tokenizer = json.loads((tiny / "tokenizer.json").read_bytes())
-    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<|eot_id|>"]
-    tokenizer["model"]["vocab"]["<|eot_id|>"] = EOT
+    for token in tokenizer["added_tokens"]:
+        token["special"] = token["content"] != "<|eot_id|>"
     (tiny / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert load_checkpoint(ModelFiles("tiny", tiny)).stop_ids == {END_OF_TEXT}
 
@@ -110,7 +109,7 @@ def test_importing_it_imports_neither_torch_nor_transformers(module: str) -> Non
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
 
 
-def test_a_local_model_loads_without_any_network(tiny: Path, tmp_path: Path) -> None:
+def test_a_local_model_loads_without_any_network(tiny: Path) -> None:
     script = (
         "import socket, sys\n"
         "def no(*_, **__): raise SystemExit('the network was used')\n"
@@ -118,5 +117,4 @@ def test_a_local_model_loads_without_any_network(tiny: Path, tmp_path: Path) -> 
         "from llm.loading import prepare, load_weights; from llm.checkpoint import load_checkpoint\n"
         "files = prepare(sys.argv[1]); load_checkpoint(files); load_weights(files)"
     )
-    copied = shutil.copytree(tiny, tmp_path / "copied")
-    subprocess.run([sys.executable, "-c", script, str(copied)], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, str(tiny)], cwd=ROOT, check=True, timeout=60)

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from llm.references import ModelFiles, resolve
 from tests.llm.stand_in_hub import ROOT, environment
 
 WIDTH, HEADS, KV_HEADS, LAYERS, HIDDEN = 64, 4, 2, 1, 96
-WORDS = ["<s>", "<|im_end|>", *(chr(code) for code in range(33, 127)), "Ġ"]
+WORDS = ["<s>", "<|im_end|>", *(chr(code) for code in range(33, 127)), "Ġ", "ab"]
 
 
 @pytest.fixture
@@ -174,7 +173,9 @@ def test_two_processes_that_start_at_once_convert_once(tmp_path: Path) -> None:
     assert sum(stderr.count("this happens once") for _, stderr in said) == 1
 
 
-def test_a_conversion_that_is_killed_leaves_nothing_that_is_used(tmp_path: Path) -> None:
+def test_a_conversion_that_is_killed_leaves_nothing_that_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_gguf(tmp_path / "a.gguf")
     stuck = (
         "import sys, time; import llm.gguf as g; write = g._write\n"
@@ -189,11 +190,8 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_is_used(tmp_path: Path)
             time.sleep(0.05)
         process.kill()
     assert list(kept.glob("*.part"))
-    os.environ["SERVE_CACHE"], before = str(tmp_path / "own"), os.environ.get("SERVE_CACHE")
-    try:
-        assert (convert(resolve(str(path))).directory / "model.safetensors").is_file()
-    finally:
-        os.environ.pop("SERVE_CACHE") if before is None else os.environ.update(SERVE_CACHE=before)
+    monkeypatch.setenv("SERVE_CACHE", str(tmp_path / "own"))
+    assert (convert(resolve(str(path))).directory / "model.safetensors").is_file()
     assert not list(kept.glob("*.part"))
 
 
@@ -224,7 +222,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_its_variable(
 def test_conversion_keeps_the_numbers(tmp_path: Path, own_cache: Path) -> None:
     model = load_weights(convert(resolve(str(write_gguf(tmp_path / "a.gguf")))))
     embedding = numpy.random.default_rng(1).standard_normal((len(WORDS), WIDTH), dtype=numpy.float32)
-    assert torch.equal(model.get_input_embeddings().weight, torch.from_numpy(embedding).to(torch.bfloat16))
+    assert torch.equal(model.state_dict()["model.embed_tokens.weight"], torch.from_numpy(embedding).to(torch.bfloat16))
 
 
 def test_conversion_says_nothing_and_changes_no_settings(

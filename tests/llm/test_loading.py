@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm import loading
 from llm.errors import CorruptModel, InvalidOption, ModelError, NotEnoughMemory, UnsupportedModel
-from llm.loading import load_weights, prepare
+from llm.loading import load_weights
 from llm.references import ModelFiles, shards
 from tests.llm.tiny_checkpoint import build_tiny_checkpoint
 
@@ -59,13 +59,9 @@ def test_a_dtype_can_be_asked_for(tiny: ModelFiles, wanted: str) -> None:
     assert load_weights(tiny, dtype=wanted).dtype == getattr(torch, wanted)
 
 
-def test_a_dtype_that_is_not_offered_is_named() -> None:
+def test_a_dtype_that_is_not_offered_is_named(tiny: ModelFiles) -> None:
     with pytest.raises(InvalidOption, match=r"dtype must be .*got 'int3'"):
-        load_weights(prepared_nothing(), dtype="int3")
-
-
-def prepared_nothing() -> ModelFiles:
-    return prepare("embedded")
+        load_weights(tiny, dtype="int3")
 
 
 @pytest.mark.parametrize("device", ["tpu", "cpu:1", "cuda:x", "cuda:-1", ""])
@@ -150,7 +146,7 @@ def test_loading_says_nothing_and_leaves_transformers_settings_alone(
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_embedded_model_is_half_a_gigabyte_lighter_than_float32(embedded: ModelFiles) -> None:
+def test_the_embedded_model_loads_in_its_own_dtype(embedded: ModelFiles) -> None:
     model = load_weights(embedded)
     assert model.dtype == torch.bfloat16
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008

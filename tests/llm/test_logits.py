@@ -89,9 +89,7 @@ def test_samples_follow_the_distribution() -> None:
 
 
 def test_what_was_generated_counts_as_seen() -> None:
-    chooser = Chooser(
-        Sampling(temperature=0, repetition_penalty=2), [0], vocab_size=3, device=CPU
-    )
+    chooser = Chooser(Sampling(temperature=0, repetition_penalty=2), [0], vocab_size=3, device=CPU)
     logits = torch.tensor([0.0, 3.0, 2.0])
 
     assert [chooser.choose(logits).id for _ in range(2)] == [1, 2]

@@ -1,0 +1,143 @@
+"""GGUF files to checkpoint directories: de-quantised once, kept in our cache as bfloat16 safetensors.
+
+Knows what makes two GGUF files the same and how to put a directory in its place whole or not at all. Leaves reading the
+format to transformers, and deliberately does not know where a GGUF came from.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from llm.errors import CacheNotWritable, CorruptModel, UnsupportedModel
+from llm.quiet import quiet
+from llm.references import ModelFiles, check_complete, is_complete
+
+_FORMAT = 1
+"""Counts up when what `_write` writes changes, so that copies of an older kind are not used."""
+
+_BLOCK = 2**20
+_MAX_BLOCKS = 256
+
+logger = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: SERVE_CACHE, else the user's cache directory."""
+    if chosen := os.environ.get("SERVE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama3-langserve"
+
+
+def convert(files: ModelFiles) -> ModelFiles:
+    """The checkpoint directory of a GGUF, converted if it is not in the cache yet; other models pass through.
+
+    Of several processes that start at once, one converts and the others wait for it.
+    """
+    if files.gguf is None:
+        return files
+    source = files.directory / files.gguf
+    target = cache_dir() / "gguf" / f"{source.stem}-{_identity(source)}"
+    try:
+        if not is_complete(target):
+            _convert_once(source, target)
+    except OSError as error:
+        raise CacheNotWritable(
+            f"cannot write to {target.parent} ({error.strerror or error}): set SERVE_CACHE to a directory with room"
+        ) from error
+    return ModelFiles(files.reference, target)
+
+
+def _convert_once(source: Path, target: Path) -> None:
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / ".lock"):
+        if is_complete(target):
+            return
+        for left_over in (target, *target.parent.glob(f"{target.name}.*.part")):  # damaged, or by a process that died
+            shutil.rmtree(left_over, ignore_errors=True)
+        logger.info("converting %s; this happens once", source)
+        with tempfile.TemporaryDirectory(
+            prefix=f"{target.name}.", suffix=".part", dir=target.parent, ignore_cleanup_errors=True
+        ) as part:
+            whole = Path(part) / "whole"
+            _write(source, whole)
+            check_complete(whole)
+            whole.rename(target)
+
+
+def _write(source: Path, target: Path) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with quiet(), _quickly():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                source.parent,
+                gguf_file=source.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+                local_files_only=True,
+            )
+        except (NotImplementedError, KeyError) as error:
+            raise UnsupportedModel(f"{source} is of a kind that transformers cannot convert: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file raises anything, the tokenizers library bare Exceptions
+            if "not supported" in str(error):
+                raise UnsupportedModel(f"{source} cannot be converted: {error}") from error
+            raise CorruptModel(f"{source} cannot be read: {error}; fetch it again") from error
+        try:
+            model.save_pretrained(target)
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise OSError(str(error)) from error
+        tokenizer.save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _quickly() -> Iterator[None]:
+    """Within the block a GGUF file is parsed once, its table of tensor names is made once, and no bar is drawn.
+
+    transformers parses the file four times and makes the table for every submodule, which is most of its time: 16 s
+    against 7 s for the embedded model on two cores. Its progress bar cannot be switched off from outside.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils
+
+    replaced: list[tuple[ModuleType, str, Any]] = [
+        (gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+        (modeling_gguf_pytorch_utils, "tqdm", lambda items, **_: items),
+    ]
+    with contextlib.ExitStack() as undo:
+        for module, name, quicker in replaced:
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, quicker)
+        yield
+
+
+def _identity(source: Path) -> str:
+    """What tells this file's content and our way of converting it from others, without reading tens of gigabytes.
+
+    Covers the size and up to 256 blocks of 1 MiB, spread evenly; so a file of up to 256 MiB is read whole.
+    """
+    size = source.stat().st_size
+    digest = hashlib.sha256(f"{_FORMAT} {version('transformers')} {size}".encode())
+    num_blocks = -(-size // _BLOCK)
+    chosen = range(num_blocks) if num_blocks <= _MAX_BLOCKS else range(0, num_blocks, num_blocks // _MAX_BLOCKS)
+    with source.open("rb") as file:
+        for block in sorted({*chosen, num_blocks - 1}):
+            file.seek(block * _BLOCK)
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
