@@ -9,20 +9,15 @@ import uvicorn
 
 from chains import build_chains
 from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine
+from llm.engine import Engine
 from service.app import create_app
 from service.settings import Settings, read_settings
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve until told to stop."""
+    """Load the model in the background and serve its chains until told to stop."""
     settings = read_settings(arguments)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keep_quiet_outside(settings)
-    serve(settings)
-
-
-def serve(settings: Settings) -> None:
-    """Load the model in the background and serve its chains."""
     engine = LocalEngine(
         settings.model,
         dtype=settings.dtype,
@@ -30,6 +25,12 @@ def serve(settings: Settings) -> None:
         max_context=settings.max_context,
         max_queue=settings.max_queue,
     )
+    run(settings, engine)
+
+
+def run(settings: Settings, engine: Engine) -> None:
+    """Serve the chains over an engine until told to stop."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
     app = create_app(settings, chains=build_chains(model), check=model.check, engine=engine)
     uvicorn.run(

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
+from langchain_core.runnables import Runnable
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, RootModel
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -21,7 +22,7 @@ class ChatInput(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 class ChatOutput(RootModel[AIMessage | AIMessageChunk]):
@@ -41,7 +42,8 @@ class ChatOutput(RootModel[AIMessage | AIMessageChunk]):
 def build(model: BaseChatModel) -> Chain:
     """Build the chat chain over a model."""
     answer = with_options(model)
-    runnable = (PROMPT | answer).with_types(input_type=ChatInput, output_type=ChatOutput)
+    pipeline: Runnable[Any, Any] = PROMPT | answer
+    runnable = pipeline.with_types(input_type=ChatInput, output_type=ChatOutput)
     return Chain(
         name="chat",
         description="Continue a conversation.",

@@ -15,13 +15,17 @@ from pydantic.config import JsonDict
 from pydantic.json_schema import SkipJsonSchema
 
 
-def without_default(schema: JsonDict) -> None:
+def without_null(schema: JsonDict) -> None:
     """The form playground goes blank at anything that shows null, a default included."""
-    schema.pop("default", None)
+    if schema.get("default") is None:
+        schema.pop("default", None)
 
 
 def _optional(kind: Any, name: str, description: str, **bounds: Any) -> ConfigurableFieldSpec:
-    annotation = Annotated[kind | SkipJsonSchema[None], Field(json_schema_extra=without_default, **bounds)]
+    # Bounds outside the union would be written as `ge` and `le`, which no reader of JSON Schema knows.
+    annotation = Annotated[
+        Annotated[kind, Field(**bounds)] | SkipJsonSchema[None], Field(json_schema_extra=without_null)
+    ]
     title = name.replace("_", " ").capitalize()
     return ConfigurableFieldSpec(id=name, annotation=annotation, name=title, description=description, default=None)
 

@@ -6,12 +6,12 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import Runnable, RunnableLambda
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from chains.chain import Chain
-from chains.options import with_options, without_default
+from chains.options import with_options, without_null
 from chains.translate import Language, Text
 
 STYLES = {
@@ -42,23 +42,20 @@ class SummarizeInput(BaseModel):
         "paragraph"
     )
     max_words: Annotated[
-        int | SkipJsonSchema[None],
-        Field(description="How long it may be; asked of the model.", ge=5, le=2000, json_schema_extra=without_default),
+        Annotated[int, Field(ge=5, le=2000)] | SkipJsonSchema[None],
+        Field(description="How long it may be; asked of the model.", json_schema_extra=without_null),
     ] = None
     language: Annotated[
         Language | SkipJsonSchema[None],
-        Field(
-            description="The language of the summary; the text's own if not given.", json_schema_extra=without_default
-        ),
+        Field(description="The language of the summary; the text's own if not given.", json_schema_extra=without_null),
     ] = None
 
 
 def build(model: BaseChatModel) -> Chain:
     """Build the summary chain over a model."""
     answer = with_options(model, temperature=0.0, repetition_penalty=1.0)
-    runnable = (RunnableLambda(_variables) | PROMPT | answer | StrOutputParser()).with_types(
-        input_type=SummarizeInput, output_type=str
-    )
+    pipeline: Runnable[Any, Any] = RunnableLambda(_variables) | PROMPT | answer | StrOutputParser()
+    runnable = pipeline.with_types(input_type=SummarizeInput, output_type=str)
     return Chain(
         name="summarize",
         description="Summarize a text.",

@@ -7,14 +7,24 @@ from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.json_schema import SkipJsonSchema
 
 from chains.chain import Chain
-from chains.options import with_options, without_default
+from chains.options import with_options, without_null
 
-Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
-Language = Annotated[str, StringConstraints(min_length=1, max_length=60, pattern=r"^\w[\w ()'-]*$")]
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the text must not be empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_not_blank), Field(json_schema_extra={"pattern": r"\S"})]
+# Browsers check the pattern too, and to JavaScript \w is ASCII: no 中文, no Français.
+Language = Annotated[
+    str, StringConstraints(min_length=1, max_length=60, pattern=r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}_ ()'-]*$")
+]
 
 PROMPT = ChatPromptTemplate(
     [
@@ -39,7 +49,7 @@ class TranslateInput(BaseModel):
         Language | SkipJsonSchema[None],
         Field(
             description="The language of the text; found out if not given.",
-            json_schema_extra=without_default,
+            json_schema_extra=without_null,
         ),
     ] = None
 
@@ -47,9 +57,8 @@ class TranslateInput(BaseModel):
 def build(model: BaseChatModel) -> Chain:
     """Build the translation chain over a model."""
     answer = with_options(model, temperature=0.0, repetition_penalty=1.0)
-    runnable = (RunnableLambda(_variables) | PROMPT | answer | StrOutputParser()).with_types(
-        input_type=TranslateInput, output_type=str
-    )
+    pipeline: Runnable[Any, Any] = RunnableLambda(_variables) | PROMPT | answer | StrOutputParser()
+    runnable = pipeline.with_types(input_type=TranslateInput, output_type=str)
     return Chain(
         name="translate",
         description="Translate a text into another language.",

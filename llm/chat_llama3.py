@@ -132,7 +132,7 @@ class ChatLLaMA3(BaseChatModel):
         checkpoint = self._loaded()
         llm = self.llm
         set_on_llm = {name: value for name, value in llm.options().items() if name in llm.model_fields_set}
-        defaults = checkpoint.defaults or {**llm.options(), "max_tokens": None}
+        defaults: Mapping[str, Any] = checkpoint.defaults or {**llm.options(), "max_tokens": None}
         given = {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
         sampling = Sampling.of({**defaults, **set_on_llm, **self._own_options(), **given})
         timeout_s = llm.timeout if self.timeout is None else self.timeout

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from typing import Annotated, Any
 
@@ -17,7 +17,8 @@ from llm.caller import Caller, current_caller
 from llm.checkpoint import Checkpoint
 from llm.engine import Engine, Request
 from llm.errors import InvalidMessage
-from llm.generation import Chunk, Generation, Usage
+from llm import generation
+from llm.generation import Chunk, Usage
 from llm.prompt import encode, encode_text
 from llm.sampling import OPTIONS, Sampling
 
@@ -244,9 +245,9 @@ def build_request(ids: Sequence[int], sampling: Sampling, *, timeout_s: float | 
     )
 
 
-def submit(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
+def submit(engine: Engine, requests: Sequence[Request]) -> list[generation.Generation]:
     """Submit all at once, so that the engine can work on them together; all or none."""
-    generations: list[Generation] = []
+    generations: list[generation.Generation] = []
     try:
         for request in requests:
             generations.append(engine.generate(request))  # noqa: PERF401  (those so far are cancelled on an error)
@@ -257,7 +258,7 @@ def submit(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
     return generations
 
 
-def stream(engine: Engine, request: Request) -> Iterator[Chunk]:
+def stream(engine: Engine, request: Request) -> Generator[Chunk]:
     """The answer's chunks that say something; closing this cancels the generation."""
     generation = engine.generate(request)
     try:
@@ -266,7 +267,7 @@ def stream(engine: Engine, request: Request) -> Iterator[Chunk]:
         generation.cancel()
 
 
-async def astream(engine: Engine, request: Request) -> AsyncIterator[Chunk]:
+async def astream(engine: Engine, request: Request) -> AsyncGenerator[Chunk]:
     """`stream`, awaited."""
     generation = engine.generate(request)
     try:

@@ -88,7 +88,7 @@ def _refuse_quantised(files: ModelFiles) -> None:
     if quantised:
         method = quantised.get("quant_method", "an unnamed method")
         raise UnsupportedModel(
-            f"{files.directory} is quantised by {method}: take the unquantised checkpoint, and SERVE_QUANTIZE"
+            f"{files.directory} is quantised by {method}, which is not supported: take the unquantised checkpoint"
         )
 
 

@@ -68,23 +68,26 @@ class _Script:
         self._script = script if callable(script) else lambda _: script
         self._token_delay_s = token_delay_s
         self._prompts = prompts
-        self._tokenizer = byte_tokenizer()
+        tokenizer = byte_tokenizer()
+        self._backend = tokenizer.backend_tokenizer
+        vocabulary = self._backend.get_vocab()
+        self._end = vocabulary["<|eot_id|>"]
         self.checkpoint = Checkpoint(
             name=name,
-            tokenizer=self._tokenizer,
+            tokenizer=tokenizer,
             context=context,
-            vocab_size=len(self._tokenizer),
-            stop_ids=frozenset(self._tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])),
+            vocab_size=len(tokenizer),
+            stop_ids=frozenset(vocabulary[special] for special in ("<|eot_id|>", "<|end_of_text|>")),
             defaults={},
         )
 
     def steps(self, request: Request) -> Generator[Token | None]:
-        prompt = self._tokenizer.decode(request.prompt)
+        prompt = self._backend.decode(request.prompt, skip_special_tokens=False)
         self._prompts.append(prompt)
         answer = self._script(_last_message(prompt))
         for piece in [answer] if isinstance(answer, str) else answer:
-            yield from self._tokens(self._tokenizer.backend_tokenizer.encode(piece).ids, request)
-        yield from self._tokens([self._tokenizer.convert_tokens_to_ids("<|eot_id|>")], request)
+            yield from self._tokens(self._backend.encode(piece).ids, request)
+        yield from self._tokens([self._end], request)
 
     def _tokens(self, ids: Iterable[int], request: Request) -> Generator[Token]:
         for token_id in ids:
@@ -103,7 +106,9 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(special, normalized=False) for special in SPECIALS])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=SPECIALS[0], eos_token="<|eot_id|>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, bos_token=SPECIALS[0], eos_token="<|eot_id|>"
+    )
 
 
 def _last_message(prompt: str) -> str:

@@ -37,7 +37,7 @@ class TransformersModel:
         device = self._model.device
         cache = DynamicCache(config=self._model.config)
         chooser = Chooser(request.sampling, request.prompt, vocab_size=self.checkpoint.vocab_size, device=device)
-        *chunks, chunk = torch.tensor([request.prompt], device=device).split(PREFILL_CHUNK, dim=1)
+        *chunks, chunk = torch.split(torch.tensor([request.prompt], device=device), PREFILL_CHUNK, dim=1)
         for first in chunks:
             self._model.base_model(input_ids=first, past_key_values=cache, use_cache=True)
             yield None

@@ -1,5 +1,6 @@
 """The application: puts the parts together. Reads nothing from the environment; it is handed everything."""
 
+import warnings
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -7,6 +8,7 @@ import anyio.to_thread
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
+from langchain_core._api import LangChainDeprecationWarning
 from sse_starlette.sse import unpatch_uvicorn_signal_handler
 from starlette.exceptions import HTTPException
 
@@ -31,7 +33,9 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
         engine: Looked at by `/health`, and closed at the end.
     """
     # sse-starlette cuts running streams off at SIGTERM; uvicorn lets them end.
-    unpatch_uvicorn_signal_handler()
+    unpatch_uvicorn_signal_handler()  # type: ignore[no-untyped-call]
+    # LangServe's playgrounds need /stream_log; each use of it would write this into our log.
+    warnings.filterwarnings("ignore", "astream_log is deprecated", LangChainDeprecationWarning)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

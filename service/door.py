@@ -4,8 +4,9 @@ It reads the body once, validates every input and option, holds the prompts agai
 whose behalf the work is done. So every refusal comes before the first byte, with a status code, on every endpoint.
 """
 
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -16,10 +17,11 @@ from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import BaseMessage
 from langserve.lzstring import LZString
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
 from chains import Chain
 from llm.caller import Caller, current_caller
-from llm.errors import InvalidMessage, InvalidOption
+from llm.errors import InvalidMessage, InvalidOption, shown
 from service.errors import Refusal, location
 from service.settings import Settings
 
@@ -28,6 +30,13 @@ MAX_DEPTH = 100
 
 FOREIGN_KEYS = ("thread_id", "checkpoint_", "langgraph_", "__")
 """Keys that LangChain and LangGraph add to `configurable` unasked, or how they begin: dropped."""
+
+MAX_HASH = 4096
+"""Characters of a share link's hash: few kilobytes of it can stand for gigabytes."""
+
+ASSET = re.compile(r"[\w./-]{0,200}", re.ASCII)
+"""Files of a playground. LangServe asks the file system for whatever it is given, which raises at a null byte or a name
+that is too long."""
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -60,13 +69,16 @@ class Config(BaseModel):
     store: Any = None
 
 
+NoArguments = Annotated[dict[str, Any], Field(max_length=0)]
+
+
 class Body(BaseModel):
     """What all endpoints take."""
 
     model_config = ConfigDict(extra="forbid")
 
     # LangChain.js sends one per input on /batch.
-    kwargs: Annotated[dict[str, Any], Field(max_length=0)] | list[Annotated[dict[str, Any], Field(max_length=0)]] = {}
+    kwargs: NoArguments | Annotated[list[NoArguments], Field(fail_fast=True)] = {}
 
 
 class InvokeBody(Body):
@@ -80,7 +92,7 @@ class BatchBody(Body):
     """The body of /batch."""
 
     inputs: Annotated[list[Any], Field(min_length=1)]
-    config: Config | list[Config] = Field(default_factory=Config)
+    config: Config | Annotated[list[Config], Field(fail_fast=True)] = Field(default_factory=Config)
 
 
 Names = list[str] | None
@@ -115,7 +127,7 @@ def open_door(chain: Chain, check: Check, settings: Settings) -> Callable[[Reque
         shared = _shared_configurable(request.path_params.get("config_hash"))
         _validate("config_hash.configurable", options_type, shared)
         if request.method != "POST":
-            if "\0" in request.path_params.get("file_path", ""):
+            if not ASSET.fullmatch(request.path_params.get("file_path", "")):
                 raise Refusal(404, "not_found", "Not Found")
             yield
             return
@@ -178,25 +190,45 @@ def _validate(at: str, kind: type[Model], value: Any) -> Model:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = location([part for part in (at, *first["loc"]) if part != ""])
-        message = first["msg"].removeprefix("Value error, ")
-        raise Refusal(422, "invalid_request", f"{field or 'body'}: {message}", field=field or "body") from error
+        problem = error.errors(include_url=False, include_context=False)[0]
+        field = location([part for part in (at, *_path(problem, value)) if part != ""]) or "body"
+        message = f"{field}: {problem['msg'].removeprefix('Value error, ')}"
+        if problem["type"] not in ("missing", "value_error"):
+            message += f", got {shown(problem['input'])}"
+        raise Refusal(422, "invalid_request", message, field=field) from error
+
+
+def _path(problem: ErrorDetails, value: Any) -> Iterator[str | int]:
+    """Where in `value` the problem is: pydantic's location less the names of union branches, which are not in it."""
+    for part in problem["loc"]:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            if problem["type"] != "missing":
+                continue
+        yield part
 
 
 def _shared_configurable(config_hash: str | None) -> dict[str, Any]:
     """The options in a share link of the playground."""
     if config_hash is None:
         return {}
+    if len(config_hash) > MAX_HASH:
+        message = f"a config hash may have {MAX_HASH} characters at most, got {len(config_hash)}"
+        raise Refusal(400, "invalid_config_hash", message, field="config_hash")
     try:
-        config = orjson.loads(LZString.decompressFromEncodedURIComponent(config_hash) or "")
+        decompressed = LZString.decompressFromEncodedURIComponent(config_hash)  # type: ignore[no-untyped-call]
+        config = orjson.loads(decompressed or "")
     except Exception as error:  # the decompressor fails in many ways
         raise Refusal(400, "invalid_config_hash", "the config hash is not valid", field="config_hash") from error
     return _own_keys(_validate("config_hash", Config, config).configurable)
 
 
 def _own_keys(configurable: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in configurable.items() if not key.startswith(FOREIGN_KEYS)}
+    """The options among them; null is as good as not given."""
+    return {
+        key: value for key, value in configurable.items() if value is not None and not key.startswith(FOREIGN_KEYS)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +278,8 @@ def _admit(chain: Chain, check: Check, call: _Call, configurable: dict[str, Any]
         field = f"{call.options_at}.{error.field}"
         raise Refusal(422, "invalid_option", f"{field}: {error}", field=field) from error
     except ContextOverflowError as error:
-        raise Refusal(422, "context_overflow", f"{call.at}: {error}", field=call.at) from error
+        asks_too_much = getattr(error, "max_tokens", None) is not None
+        field = f"{call.options_at}.max_tokens" if asks_too_much else call.at
+        raise Refusal(422, "context_overflow", f"{field}: {error}", field=field) from error
     except InvalidMessage as error:
         raise Refusal(422, "invalid_message", f"{call.at}: {error}", field=f"{call.at}.{error.field}") from error

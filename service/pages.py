@@ -17,26 +17,33 @@ PAGE = Template("""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Chains on a local Llama 3</title>
+<link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; font-family: system-ui, sans-serif; line-height: 1.5; }
 body { max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }
-pre { overflow-x: auto; padding: .75rem; border: 1px solid #8888; border-radius: .4rem; }
-h2 { margin-bottom: 0; } p { margin: .3rem 0; }
+h2 { margin: 2.5rem 0 0; }
+p { margin: .4rem 0; }
+nav a { margin-right: 1rem; }
+nav a.playground { font-weight: 600; }
+pre { margin: .6rem 0; padding: .75rem; border: 1px solid #8886; border-radius: .4rem; background: #8881; }
+pre code { white-space: pre-wrap; overflow-wrap: anywhere; }
 </style>
 </head>
 <body>
 <h1>Chains on a local Llama 3</h1>
-<p>Model <strong>$model</strong>: $state.
-<a href="$root/docs">API documentation</a>, <a href="$root/health">health</a>.</p>
+<p>Model <strong>$model</strong>: $state.</p>
+<nav><a href="$root/docs">API documentation</a> <a href="$root/health">Health</a></nav>
 $chains
 </body>
 </html>
 """)
 
 CHAIN = Template("""<h2>$name</h2>
-<p>$description <a href="$root/$name/playground/">Playground</a>,
-<a href="$root/$name/input_schema">input</a>, <a href="$root/$name/output_schema">output</a>,
-<a href="$root/$name/config_schema">options</a>.</p>
+<p>$description</p>
+<nav><a class="playground" href="$root/$name/playground/">Playground</a>
+<a href="$root/$name/input_schema">Input schema</a>
+<a href="$root/$name/output_schema">Output schema</a>
+<a href="$root/$name/config_schema">Options schema</a></nav>
 <pre><code>$curl</code></pre>
 """)
 

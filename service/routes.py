@@ -32,7 +32,7 @@ def host(app: FastAPI, chain: Chain, check: Check, settings: Settings) -> None:
         chain.runnable,
         path=f"/{chain.name}",
         dependencies=[Depends(open_door(chain, check, settings))],
-        disabled_endpoints=["token_feedback"],
+        disabled_endpoints=["token_feedback"],  # type: ignore[list-item]  # left out of LangServe's own annotation
         playground_type=chain.playground,
         serializer=LineSafeSerializer(),
     )

@@ -69,7 +69,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         cli_implicit_flags=True,
     )
     try:
-        return Settings(_cli_settings_source=flags)  # type: ignore[call-arg]
+        return Settings(_cli_settings_source=flags)
     except ValidationError as error:
         for problem in error.errors():
             name = "_".join(str(part) for part in problem["loc"]).replace("-", "_").lower()

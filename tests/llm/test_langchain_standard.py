@@ -2,7 +2,9 @@
 
 Those for tools, structured output, images and other files do not run: `ChatLLaMA3` says by its `profile` that it has
 none of these. Those for overriding the model per call do not either: a local model is loaded once, not chosen per call.
-`test_serdes` does not, since a model that holds an engine in this process cannot be written down.
+`test_serdes` does not, since a model that holds an engine in this process cannot be written down;
+`test_init_from_env` does not, since nothing is read from the environment; `test_stream_time` does not, since it is for
+recorded HTTP traffic.
 """
 
 from collections.abc import Iterator
@@ -45,19 +47,21 @@ class LLaMA3Properties:
 
 class TestUnit(LLaMA3Properties, ChatModelUnitTests):
     @pytest.fixture(scope="class", autouse=True)
-    def scripted(self, request: pytest.FixtureRequest) -> Iterator[None]:
+    @classmethod
+    def scripted(cls) -> Iterator[None]:
         engine = ScriptedEngine()
         engine.wait_until_ready(30)
-        request.cls.engine = engine
+        cls.engine = engine
         yield
         engine.close()
 
 
 class TestIntegration(LLaMA3Properties, ChatModelIntegrationTests):
     @pytest.fixture(scope="class", autouse=True)
-    def embedded_model(self, request: pytest.FixtureRequest) -> Iterator[None]:
+    @classmethod
+    def embedded_model(cls) -> Iterator[None]:
         engine = LocalEngine("embedded")
         engine.wait_until_ready(100)
-        request.cls.engine = engine
+        cls.engine = engine
         yield
         engine.close()

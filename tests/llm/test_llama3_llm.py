@@ -198,8 +198,12 @@ async def test_a_cancelled_call_frees_the_engine() -> None:
     engine.wait_until_ready(30)
     llm = LLaMA3_LLM(engine=engine)
 
-    for call in (llm.ainvoke("Hi"), llm.abatch(["a", "b"]), llm.astream("Hi").__anext__()):
-        task = asyncio.ensure_future(call)  # type: ignore[arg-type]
+    async def read() -> None:
+        async for _ in llm.astream("Hi"):
+            pass
+
+    for call in (llm.ainvoke("Hi"), llm.abatch(["a", "b"]), read()):
+        task = asyncio.ensure_future(call)
         await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

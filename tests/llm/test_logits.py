@@ -44,7 +44,8 @@ def test_the_distribution_is_that_of_transformers(sampling: Sampling, seed: int)
         warpers.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         warpers.append(MinPLogitsWarper(sampling.min_p))
-    expected = warpers(torch.zeros(1, 1, dtype=torch.long), logits[None].clone())[0].softmax(-1)
+    scores = warpers(torch.zeros(1, 1, dtype=torch.long), logits[None].clone())  # type: ignore[arg-type]
+    expected = scores[0].softmax(-1)
 
     probabilities, ids = candidates(logits, sampling)
 

@@ -1,10 +1,11 @@
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm.scripted_engine import byte_tokenizer
@@ -24,7 +25,8 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def llama3(tiny_llama3: Path) -> PreTrainedTokenizerFast:
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(tiny_llama3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama3)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer
 
 
@@ -44,7 +46,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(params=["llama3", "bytes", "sentencepiece"])
@@ -111,7 +113,7 @@ def test_the_window_stays_small_however_long_the_text(llama3: PreTrainedTokenize
 def cuts(text: str, at: list[int]) -> Iterator[str]:
     """Cut a text in pieces."""
     places = sorted({min(place, len(text)) for place in at} | {0, len(text)})
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         yield text[start:end]
 
 

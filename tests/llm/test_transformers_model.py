@@ -125,8 +125,8 @@ def test_logprobs_are_those_of_the_model(engine: LocalEngine, reference: PreTrai
 def test_text_is_what_the_tokens_decode_to(engine: LocalEngine) -> None:
     ours = answer(engine, prompt(engine, QUESTIONS[0]), temperature=0, max_tokens=24)
 
-    decoded = engine.checkpoint.tokenizer.decode(ours.token_ids, skip_special_tokens=True)
-    assert ours.text == decoded.rstrip("\N{REPLACEMENT CHARACTER}")
+    decoded = engine.checkpoint.tokenizer.decode(list(ours.token_ids), skip_special_tokens=True)
+    assert ours.text == str(decoded).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def test_cancelling_while_a_long_prompt_is_read_frees_the_engine_at_once(engine: LocalEngine) -> None:
@@ -154,7 +154,7 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 def test_greedy_on_a_gpu_equals_generate_on_it(tiny_llama3: Path) -> None:
     engine = LocalEngine(str(tiny_llama3), dtype="float32", device="cuda")
     engine.wait_until_ready(100)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama3, dtype=torch.float32).to("cuda")
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama3, dtype=torch.float32, device_map="cuda")
 
     for question in QUESTIONS:
         ids = prompt(engine, question)
