@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install serve test lint bench
+.PHONY: help install install-modelscope serve test lint bench
 
 help:
 	@echo "make serve    the service, with the embedded model (flags: ARGS='--port 8123'; or SERVE_PORT=8123)"
@@ -14,6 +14,9 @@ help:
 	@echo "make install  set-up alone"
 
 install: .venv/installed
+
+install-modelscope: .venv/installed
+	@$(PIP) modelscope
 
 serve: .venv/installed
 	@exec $(BIN)/python serve.py $(ARGS)
