@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import uvicorn
@@ -10,12 +12,13 @@ import uvicorn
 from chains import build_chains
 from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine
 from llm.engine import Engine
+from llm.errors import EngineError, ModelError
 from service.app import create_app
 from service.settings import Settings, read_settings
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Load the model in the background and serve its chains until told to stop."""
+def main(arguments: Sequence[str]) -> int:
+    """Load the model in the background and serve its chains until told to stop; return the exit code."""
     settings = read_settings(arguments)
     keep_quiet_outside(settings)
     engine = LocalEngine(
@@ -25,21 +28,40 @@ def main(arguments: Sequence[str]) -> None:
         max_context=settings.max_context,
         max_queue=settings.max_queue,
     )
-    run(settings, engine)
+    return run(settings, engine)
 
 
-def run(settings: Settings, engine: Engine) -> None:
-    """Serve the chains over an engine until told to stop."""
+def run(settings: Settings, engine: Engine) -> int:
+    """Serve the chains over an engine until told to stop, or until its model turns out not to be had."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
     app = create_app(settings, chains=build_chains(model), check=model.check, engine=engine)
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        timeout_graceful_shutdown=settings.drain_timeout_s,
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            timeout_graceful_shutdown=settings.drain_timeout_s,
+        )
     )
+    failures: list[ModelError] = []
+
+    def watch() -> None:
+        try:
+            engine.wait_until_ready()
+        except ModelError as error:
+            failures.append(error)
+            server.should_exit = True
+        except EngineError:  # closed while loading
+            pass
+
+    threading.Thread(target=watch, daemon=True).start()
+    # uvicorn raises the signal that it was stopped by once more when all is done: that would not be a clean exit.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    server.run()
+    return 1 if failures else 0
 
 
 def keep_quiet_outside(settings: Settings) -> None:
@@ -51,4 +73,4 @@ def keep_quiet_outside(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -63,6 +63,10 @@ class Engine(Protocol):
         """Names, ids and limits of the model. Raises `EngineLoading` or `EngineDead` while there is none."""
         ...
 
+    def wait_until_ready(self, timeout_s: float | None = None) -> Checkpoint:
+        """Wait for the model. Raises the `ModelError` that kept it from loading, or `EngineLoading` after a timeout."""
+        ...
+
     def generate(self, request: Request) -> Generation:
         """Admit a request and return at once, or raise a typed error: `InvalidOption`, `ContextOverflow`, or an
         `EngineError`."""

@@ -144,7 +144,9 @@ class ModelScope:
             from modelscope_hub.api import HubApi
             from modelscope_hub.config import HubConfig
         except ImportError as error:
-            raise ModelError("modelscope: references need one more package: make install-modelscope, or pip install modelscope") from error
+            raise ModelError(
+                "modelscope: references need one more package: make install-modelscope, or pip install modelscope"
+            ) from error
         self._repo = repo
         self._revision = revision or "master"
         self._files: list[dict[str, Any]] = []

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.llms import LLM
 from langchain_core.messages import BaseMessage, HumanMessage, MessageLikeRepresentation, convert_to_messages
-from langchain_core.outputs import Generation as TextGeneration
 from langchain_core.outputs import GenerationChunk, LLMResult
 from pydantic import Field, SkipValidation
 
@@ -17,8 +16,7 @@ from llm.caller import Caller, current_caller
 from llm.checkpoint import Checkpoint
 from llm.engine import Engine, Request
 from llm.errors import InvalidMessage
-from llm import generation
-from llm.generation import Chunk, Usage
+from llm.generation import Chunk, Generation, Usage
 from llm.prompt import encode, encode_text
 from llm.sampling import OPTIONS, Sampling
 
@@ -219,7 +217,7 @@ class LLaMA3_LLM(LLM):
         prompt_tokens = sum(usage.prompt_tokens for usage in usages)
         completion_tokens = sum(usage.completion_tokens for usage in usages)
         return LLMResult(
-            generations=[[TextGeneration(text=answer.text, generation_info=self._info(answer))] for answer in answers],
+            generations=[[self._generation_chunk(answer)] for answer in answers],
             llm_output={
                 "model_name": self.model_name,
                 "token_usage": {
@@ -245,9 +243,9 @@ def build_request(ids: Sequence[int], sampling: Sampling, *, timeout_s: float | 
     )
 
 
-def submit(engine: Engine, requests: Sequence[Request]) -> list[generation.Generation]:
+def submit(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
     """Submit all at once, so that the engine can work on them together; all or none."""
-    generations: list[generation.Generation] = []
+    generations: list[Generation] = []
     try:
         for request in requests:
             generations.append(engine.generate(request))  # noqa: PERF401  (those so far are cancelled on an error)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from llm.loading import prepare
 from llm.serial_engine import SerialEngine, TokenSource
 
 
@@ -31,7 +32,7 @@ class LocalEngine(SerialEngine):
 
 
 def _load(reference: str, *, dtype: str, device: str, max_context: int | None) -> TokenSource:
-    # Imported in the engine's thread: torch takes seconds, and keeps a team of CPU threads per thread that uses it.
+    files = prepare(reference)  # what is wrong with a reference shows before torch, whose import takes seconds
     from llm.transformers_model import TransformersModel
 
-    return TransformersModel.load(reference, dtype=dtype, device=device, max_context=max_context)
+    return TransformersModel.load(files, dtype=dtype, device=device, max_context=max_context)

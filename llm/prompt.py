@@ -20,13 +20,16 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from llm.errors import InvalidMessage, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Meta's own format for Llama 3, for checkpoints that come without a template.
 _LLAMA3_TEMPLATE = (
@@ -53,7 +56,7 @@ _ROLES = {
 }
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[BaseMessage]) -> list[int]:
+def encode(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[BaseMessage]) -> list[int]:
     """Give the ids that the model sees for a conversation, up to where its answer begins.
 
     Contents may be strings or lists of text blocks, which are joined without a separator, as LangChain's `text` does.
@@ -83,18 +86,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[BaseMessage]) 
     return encoder.encode(encoder.unshield(encoder.mark(str(prompt))), "messages")
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Give the ids of bare text: nothing is added to it, and special tokens spelled in it are plain text."""
     encoder = _encoder(tokenizer, _chat_template(tokenizer) or "")
     return encoder.encode(encoder.checked(text, "text"), "text")
 
 
-def count(tokenizer: PreTrainedTokenizerBase, messages: Sequence[BaseMessage]) -> int:
+def count(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[BaseMessage]) -> int:
     """Count the tokens that a conversation takes in the prompt; raises what `encode` raises."""
     return len(encode(tokenizer, messages))
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     template: object = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -141,7 +144,7 @@ def _block(block: object, field: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _encoder(tokenizer: PreTrainedTokenizerBase, template: str) -> "_Encoder":
+def _encoder(tokenizer: "PreTrainedTokenizerBase", template: str) -> "_Encoder":
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UnsupportedModel("the checkpoint has no fast tokenizer (tokenizer.json)")

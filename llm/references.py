@@ -156,7 +156,7 @@ def _local(reference: str) -> ModelFiles:
             raise BadReference(f"{path} is neither a checkpoint directory nor a .gguf file")
         return _gguf(reference, path)
     if reference.startswith(("~", "/", ".")):
-        raise ModelNotFound(f"{path} does not exist")
+        raise ModelNotFound(f"{reference} does not exist")
     hint = f"; for the repository of that name write hf:{reference}" if _REPOSITORY.fullmatch(reference) else ""
     raise BadReference(f"{reference!r} is no existing path and no model reference ({_FORMS}){hint}")
 

@@ -136,10 +136,12 @@ class SerialEngine:
     def _run(self) -> None:
         death: LLMError = EngineDead("it was closed")
         try:
+            started = time.monotonic()
             source = self._open_source()
             with self._changed:
                 self._checkpoint = source.checkpoint
                 self._changed.notify_all()
+            log.info("The model %s is ready after %.1f s", self._name, time.monotonic() - started)
             while (job := self._next()) is not None:
                 self._serve(job, source)
                 with self._changed:

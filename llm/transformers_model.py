@@ -8,8 +8,9 @@ from transformers import DynamicCache, PreTrainedModel
 from llm.checkpoint import Checkpoint, load_checkpoint
 from llm.engine import Request
 from llm.generation import Token
-from llm.loading import load_weights, prepare
+from llm.loading import load_weights
 from llm.logits import Chooser
+from llm.references import ModelFiles
 
 PREFILL_CHUNK = 256
 """Prompt tokens read in one step: a cancelled request goes on for one such step at most."""
@@ -24,10 +25,9 @@ class TransformersModel:
 
     @classmethod
     def load(
-        cls, reference: str, *, dtype: str = "auto", device: str = "auto", max_context: int | None = None
+        cls, files: ModelFiles, *, dtype: str = "auto", device: str = "auto", max_context: int | None = None
     ) -> "TransformersModel":
-        """Fetch and load a model; the arguments are those of `LocalEngine`. Raises `ModelError`."""
-        files = prepare(reference)
+        """Load a checkpoint directory; the other arguments are those of `LocalEngine`. Raises `ModelError`."""
         checkpoint = load_checkpoint(files, max_context=max_context)
         return cls(checkpoint, load_weights(files, dtype=dtype, device=device))
 
