@@ -16,11 +16,13 @@ from chains.options import with_options
 
 PROMPT = ChatPromptTemplate([MessagesPlaceholder("messages")])
 
+EXAMPLE: dict[str, Any] = {"messages": [{"type": "human", "content": "What is the capital of France?"}]}
+
 
 class ChatInput(BaseModel):
     """A conversation, oldest message first."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
@@ -51,7 +53,7 @@ def build(model: BaseChatModel) -> Chain:
         input_type=ChatInput,
         messages=messages,
         options=answer.options,
-        example={"messages": [{"type": "human", "content": "What is the capital of France?"}]},
+        example=EXAMPLE,
         playground="chat",
     )
 

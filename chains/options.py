@@ -21,27 +21,28 @@ def without_null(schema: JsonDict) -> None:
         schema.pop("default", None)
 
 
-def _optional(kind: Any, name: str, description: str, **bounds: Any) -> ConfigurableFieldSpec:
-    # Bounds outside the union would be written as `ge` and `le`, which no reader of JSON Schema knows.
-    annotation = Annotated[
-        Annotated[kind, Field(**bounds)] | SkipJsonSchema[None], Field(json_schema_extra=without_null)
-    ]
+def _optional(kind: Any, name: str, description: str, example: Any, **bounds: Any) -> ConfigurableFieldSpec:
+    # Bounds outside the union would be written as `ge` and `le`, which no reader of JSON Schema knows; and of what
+    # stands outside, LangServe keeps only the description in its API documentation.
+    kind = Annotated[kind, Field(examples=[example], **bounds)]
+    annotation = Annotated[kind | SkipJsonSchema[None], Field(json_schema_extra=without_null)]
     title = name.replace("_", " ").capitalize()
     return ConfigurableFieldSpec(id=name, annotation=annotation, name=title, description=description, default=None)
 
 
 SAMPLING_OPTIONS = (
-    _optional(float, "temperature", "Randomness, 0 to 2; 0 always takes the likeliest token.", ge=0, le=2),
-    _optional(float, "top_p", "Draw from the likeliest tokens whose probabilities add up to this.", gt=0, le=1),
-    _optional(int, "top_k", "Draw from this many of the likeliest tokens; 0 for all.", ge=0),
-    _optional(float, "min_p", "Drop tokens less likely than this fraction of the likeliest.", ge=0, le=1),
-    _optional(int, "max_tokens", "New tokens at most; what room the context has left if not given.", ge=1),
-    _optional(float, "repetition_penalty", "Above 1: repeat less. 1 is off.", gt=0, le=2),
-    _optional(int, "seed", "Same seed and input, same answer.", ge=0, le=2**63 - 1),
+    _optional(float, "temperature", "Randomness, 0 to 2; 0 always takes the likeliest token.", 0.7, ge=0, le=2),
+    _optional(float, "top_p", "Draw from the likeliest tokens whose probabilities add up to this.", 0.9, gt=0, le=1),
+    _optional(int, "top_k", "Draw from this many of the likeliest tokens; 0 for all.", 50, ge=0),
+    _optional(float, "min_p", "Drop tokens less likely than this fraction of the likeliest.", 0.05, ge=0, le=1),
+    _optional(int, "max_tokens", "New tokens at most; what room the context has left if not given.", 100, ge=1),
+    _optional(float, "repetition_penalty", "Above 1: repeat less. 1 is off.", 1.1, gt=0, le=2),
+    _optional(int, "seed", "Same seed and input, same answer.", 1, ge=0, le=2**63 - 1),
     _optional(
         list[Annotated[str, StringConstraints(min_length=1)]],
         "stop",
         "The answer ends before the first of these.",
+        ["###"],
         max_length=8,
     ),
 )

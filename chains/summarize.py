@@ -31,11 +31,16 @@ PROMPT = ChatPromptTemplate(
     ]
 )
 
+EXAMPLE: dict[str, Any] = {
+    "text": "The cat sat on the mat. It rained all day, so it did not want to go out.",
+    "style": "headline",
+}
+
 
 class SummarizeInput(BaseModel):
     """A text to summarize."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
     text: Annotated[Text, Field(description="What to summarize.")]
     style: Annotated[Literal["paragraph", "bullets", "headline"], Field(description="The form of the summary.")] = (
@@ -54,7 +59,7 @@ class SummarizeInput(BaseModel):
 def build(model: BaseChatModel) -> Chain:
     """Build the summary chain over a model."""
     answer = with_options(model, temperature=0.0, repetition_penalty=1.0)
-    pipeline: Runnable[Any, Any] = RunnableLambda(_variables) | PROMPT | answer | StrOutputParser()
+    pipeline: Runnable[Any, Any] = RunnableLambda(_variables, name="variables") | PROMPT | answer | StrOutputParser()
     runnable = pipeline.with_types(input_type=SummarizeInput, output_type=str)
     return Chain(
         name="summarize",
@@ -63,10 +68,7 @@ def build(model: BaseChatModel) -> Chain:
         input_type=SummarizeInput,
         messages=messages,
         options=answer.options,
-        example={
-            "text": "The cat sat on the mat. It rained all day, so it did not want to go out.",
-            "style": "headline",
-        },
+        example=EXAMPLE,
     )
 
 

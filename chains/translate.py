@@ -37,11 +37,13 @@ PROMPT = ChatPromptTemplate(
     ]
 )
 
+EXAMPLE: dict[str, Any] = {"text": "Good morning, my friends!", "target_language": "French"}
+
 
 class TranslateInput(BaseModel):
     """A text to translate."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
     text: Annotated[Text, Field(description="What to translate.")]
     target_language: Annotated[Language, Field(description="The language to translate into: German, 中文, …")]
@@ -57,7 +59,7 @@ class TranslateInput(BaseModel):
 def build(model: BaseChatModel) -> Chain:
     """Build the translation chain over a model."""
     answer = with_options(model, temperature=0.0, repetition_penalty=1.0)
-    pipeline: Runnable[Any, Any] = RunnableLambda(_variables) | PROMPT | answer | StrOutputParser()
+    pipeline: Runnable[Any, Any] = RunnableLambda(_variables, name="variables") | PROMPT | answer | StrOutputParser()
     runnable = pipeline.with_types(input_type=TranslateInput, output_type=str)
     return Chain(
         name="translate",
@@ -66,7 +68,7 @@ def build(model: BaseChatModel) -> Chain:
         input_type=TranslateInput,
         messages=messages,
         options=answer.options,
-        example={"text": "Good morning, my friends!", "target_language": "French"},
+        example=EXAMPLE,
     )
 
 

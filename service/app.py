@@ -19,6 +19,7 @@ from service.door import Check
 from service.errors import ErrorBoundary, Refusal, answer_error
 from service.health import health_router
 from service.pages import add_index
+from service.playground import ExplainFailures
 from service.routes import host
 from service.settings import Settings
 
@@ -50,6 +51,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
     )
     for kind in (HTTPException, RequestValidationError, Refusal):
         app.add_exception_handler(kind, answer_error)
+    app.add_middleware(ExplainFailures)
     app.add_middleware(CancelOnDisconnect)
     app.add_middleware(ErrorBoundary)  # added last, so outermost
     app.include_router(health_router(engine))

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import anyio.to_thread
 import orjson
@@ -34,9 +34,9 @@ FOREIGN_KEYS = ("thread_id", "checkpoint_", "langgraph_", "__")
 MAX_HASH = 4096
 """Characters of a share link's hash: few kilobytes of it can stand for gigabytes."""
 
-ASSET = re.compile(r"[\w./-]{0,200}", re.ASCII)
-"""Files of a playground. LangServe asks the file system for whatever it is given, which raises at a null byte or a name
-that is too long."""
+ASSET = re.compile(r"([\w/-]{1,100}\.\w{1,10})?", re.ASCII)
+"""Files of a playground. LangServe asks the file system for whatever it is given, which raises at a directory, a null
+byte, and a name that is too long."""
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -69,7 +69,12 @@ class Config(BaseModel):
     store: Any = None
 
 
-NoArguments = Annotated[dict[str, Any], Field(max_length=0)]
+class Arguments(BaseModel):
+    """Call arguments: there are none. LangChain.js puts the version of the events here; ours are v2."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal["v2"] | None = None
 
 
 class Body(BaseModel):
@@ -78,7 +83,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     # LangChain.js sends one per input on /batch.
-    kwargs: NoArguments | Annotated[list[NoArguments], Field(fail_fast=True)] = {}
+    kwargs: Arguments | Annotated[list[Arguments], Field(fail_fast=True)] = Field(default_factory=Arguments)
 
 
 class InvokeBody(Body):
@@ -125,12 +130,16 @@ def open_door(chain: Chain, check: Check, settings: Settings) -> Callable[[Reque
 
     async def door(request: Request) -> AsyncIterator[None]:
         shared = _shared_configurable(request.path_params.get("config_hash"))
-        _validate("config_hash.configurable", options_type, shared)
         if request.method != "POST":
+            # Pages and schemas are the same whatever the options. The form playground asks for its input schema with
+            # every state of its options, half-typed ones too, and drops what was typed at a refusal.
+            if "config_hash" in request.path_params:
+                request.path_params["config_hash"] = ""
             if not ASSET.fullmatch(request.path_params.get("file_path", "")):
                 raise Refusal(404, "not_found", "Not Found")
             yield
             return
+        _validate("config_hash.configurable", options_type, shared)
         endpoint = request.url.path.rsplit("/", 1)[-1]
         raw = _parse(await _read(request, settings.max_body))
         body = _validate("", BODIES[endpoint], raw)
@@ -226,9 +235,7 @@ def _shared_configurable(config_hash: str | None) -> dict[str, Any]:
 
 def _own_keys(configurable: Mapping[str, Any]) -> dict[str, Any]:
     """The options among them; null is as good as not given."""
-    return {
-        key: value for key, value in configurable.items() if value is not None and not key.startswith(FOREIGN_KEYS)
-    }
+    return {key: value for key, value in configurable.items() if value is not None and not key.startswith(FOREIGN_KEYS)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 {"error": {"type": …, "message": …, "field": …, "request_id": …}}
 """
 
+import asyncio
 import dataclasses
 import json
 import logging
@@ -48,6 +49,9 @@ class Problem:
         error = {"type": self.kind, "message": self.message, "field": self.field, "request_id": request_id}
         return {"error": {key: value for key, value in error.items() if value is not None}}
 
+
+BREAK_OFF_DELAY_S = 0.1
+"""A browser that sees a connection break throws away what it has received and not yet read, the error event too."""
 
 SOON = {"Retry-After": "5"}
 
@@ -141,6 +145,7 @@ class ErrorBoundary:
                 log.warning("Request %s failed: %s", request_id, problem.message)
             if is_started:
                 await send({"type": "http.response.body", "body": error_event(problem, request_id), "more_body": True})
+                await asyncio.sleep(BREAK_OFF_DELAY_S)
                 return
             headers = {**problem.headers, "Connection": "close", "X-Request-ID": request_id}
             response = JSONResponse(problem.body(request_id), problem.status, headers)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from string import Template
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 
 from chains import Chain
@@ -17,7 +17,7 @@ PAGE = Template("""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Chains on a local Llama 3</title>
-<link rel="icon" href="data:,">
+<link rel="icon" href="$root/favicon.ico">
 <style>
 :root { color-scheme: light dark; font-family: system-ui, sans-serif; line-height: 1.5; }
 body { max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }
@@ -48,9 +48,16 @@ CHAIN = Template("""<h2>$name</h2>
 """)
 
 
+ICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><text y="13" font-size="13">🦙</text></svg>'
+
+
 def add_index(app: FastAPI, chains: Sequence[Chain], engine: Engine) -> None:
-    """Add `/`."""
+    """Add `/`, and the icon that browsers ask for on every page without one of its own."""
     router = APIRouter(include_in_schema=False)
+
+    @router.get("/favicon.ico")
+    def icon() -> Response:
+        return Response(ICON, media_type="image/svg+xml")
 
     @router.get("/", response_class=HTMLResponse)
     def index(request: Request) -> str:
