@@ -18,6 +18,7 @@ from service.disconnect import CancelOnDisconnect
 from service.door import Check
 from service.errors import ErrorBoundary, Refusal, answer_error
 from service.health import health_router
+from service.openapi import describe_api
 from service.pages import add_index
 from service.playground import ExplainFailures
 from service.routes import host
@@ -58,4 +59,5 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
     add_index(app, chains, engine)
     for chain in chains:
         host(app, chain, check, settings)
+    describe_api(app)
     return app
