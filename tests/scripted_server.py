@@ -1,16 +1,17 @@
 """Serves the hosted chains over a scripted model, which does what the last message tells it to.
 
-    fail         the answer breaks off with an error after a few words
-    slow         a long answer, 50 ms a word
-    else         says the same again
+fail         the answer breaks off with an error after a few words
+slow         a long answer, 50 ms a word
+else         says the same again
 """
 
+import sys
 import time
 from collections.abc import Iterator
 
 from llm import ScriptedEngine
 from serve import run
-from service.settings import Settings
+from service.settings import read_settings
 
 SLOW_WORDS = 200
 
@@ -29,4 +30,5 @@ def script(message: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    run(Settings(), ScriptedEngine(script))
+    settings = read_settings(sys.argv[1:])
+    sys.exit(run(settings, ScriptedEngine(script, max_queue=settings.max_queue)))

@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
+from langserve import RemoteRunnable
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 120
@@ -19,14 +21,26 @@ START_TIMEOUT_S = 120
 class Server:
     """Runs `serve.py`, or a script that serves something like it, on a free port of the loopback interface.
 
-    Use it as a context manager: inside it, the server is ready. What it logs goes to `log`.
+    Use it as a context manager: inside it, `awaited` answers with 200. What it logs goes to `log`.
     """
 
-    def __init__(self, log: Path, *, script: str = "serve.py", **settings: str) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *,
+        script: str | Path = "serve.py",
+        arguments: Sequence[str] = (),
+        directory: Path = ROOT,
+        awaited: str = "/ready",
+        **settings: str,
+    ) -> None:
         self.log = log
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._script = script
+        self.arguments = arguments
+        self._script = ROOT / script
+        self._directory = directory
+        self._awaited = awaited
         self._settings = {f"SERVE_{name.upper()}": value for name, value in settings.items()}
         self.process: subprocess.Popen[bytes]
 
@@ -34,7 +48,11 @@ class Server:
         environment = {**os.environ, "SERVE_PORT": str(self.port), **self._settings, "PYTHONPATH": str(ROOT)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, self._script], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, self._script, *self.arguments],
+                cwd=self._directory,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         try:
             self._wait()
@@ -58,6 +76,14 @@ class Server:
             self.process.kill()
             raise
 
+    def chain(self, name: str) -> RemoteRunnable[Any, Any]:
+        """A hosted chain, through LangServe's client.
+
+        It keeps no connections: it would close them when it is collected, which may be after a test's event loop.
+        """
+        limits = httpx.Limits(max_keepalive_connections=0)
+        return RemoteRunnable(f"{self.url}/{name}", timeout=100, client_kwargs={"limits": limits})
+
     def health(self) -> dict[str, object]:
         """What `/health` says of the engine."""
         engine: dict[str, object] = httpx.get(f"{self.url}/health").json()["engine"]
@@ -69,7 +95,7 @@ class Server:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()}")
             try:
-                if httpx.get(f"{self.url}/ready").status_code == 200:
+                if httpx.get(f"{self.url}{self._awaited}").status_code == 200:
                     return
             except httpx.TransportError:
                 pass
