@@ -41,6 +41,7 @@ def run(settings: Settings, engine: Engine) -> int:
             app,
             host=settings.host,
             port=settings.port,
+            root_path=settings.root_path,
             log_config=None,
             timeout_graceful_shutdown=settings.drain_timeout_s,
         )

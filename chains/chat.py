@@ -19,12 +19,16 @@ PROMPT = ChatPromptTemplate([MessagesPlaceholder("messages")])
 EXAMPLE: dict[str, Any] = {"messages": [{"type": "human", "content": "What is the capital of France?"}]}
 
 
+MAX_MESSAGES = 10_000
+"""More than any context holds; to lay out hundreds of thousands just to count them would take minutes."""
+
+
 class ChatInput(BaseModel):
     """A conversation, oldest message first."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ChatOutput(RootModel[AIMessage | AIMessageChunk]):

@@ -245,10 +245,14 @@ def build_request(ids: Sequence[int], sampling: Sampling, *, timeout_s: float | 
 
 def submit(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
     """Submit all at once, so that the engine can work on them together; all or none."""
+    caller = current_caller.get()
     generations: list[Generation] = []
     try:
         for request in requests:
-            generations.append(engine.generate(request))  # noqa: PERF401  (those so far are cancelled on an error)
+            generation = engine.generate(request)
+            generations.append(generation)
+            if caller is not None:
+                caller.adopt(generation)
     except BaseException:
         for generation in generations:
             generation.cancel()
@@ -258,7 +262,7 @@ def submit(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
 
 def stream(engine: Engine, request: Request) -> Generator[Chunk]:
     """The answer's chunks that say something; closing this cancels the generation."""
-    generation = engine.generate(request)
+    (generation,) = submit(engine, [request])
     try:
         yield from filter(is_telling, generation)
     finally:
@@ -267,7 +271,7 @@ def stream(engine: Engine, request: Request) -> Generator[Chunk]:
 
 async def astream(engine: Engine, request: Request) -> AsyncGenerator[Chunk]:
     """`stream`, awaited."""
-    generation = engine.generate(request)
+    (generation,) = submit(engine, [request])
     try:
         async for chunk in generation:
             if is_telling(chunk):

@@ -234,7 +234,8 @@ class _Encoder:
 
     def encode(self, text: str, field: str) -> list[int]:
         """Encode in one pass, without adding anything; only marked special tokens come out as special ids."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        # Of one text, but unlike `encode` this lets other threads run meanwhile.
+        ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
         if not self._forbidden.isdisjoint(ids):  # a vocabulary that spells its special tokens as ordinary words, too
             raise InvalidMessage(field, "the tokenizer cannot tell this text from a special token")
         return [self._ids.get(token_id, token_id) for token_id in ids]

@@ -46,7 +46,6 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
 
     app = FastAPIOffline(  # FastAPI's own /docs loads its scripts from a content delivery network
         title="LangChain chains on a local Llama 3",
-        root_path=settings.root_path,
         lifespan=lifespan,
         redoc_url=None,
     )

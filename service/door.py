@@ -156,7 +156,10 @@ def open_door(chain: Chain, check: Check, settings: Settings) -> Callable[[Reque
         request._json = {**raw, "config": configs if isinstance(body, BatchBody) else configs[0], "kwargs": {}}
         caller = Caller(id=request.state.request_id, deadline=time.monotonic() + settings.timeout_s)
         current_caller.set(caller)  # this request's task and its children see it
-        yield
+        try:
+            yield
+        finally:
+            caller.end()
 
     return door
 
@@ -201,7 +204,8 @@ def _validate(at: str, kind: type[Model], value: Any) -> Model:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
         field = location([part for part in (at, *_path(problem, value)) if part != ""]) or "body"
-        message = f"{field}: {problem['msg'].removeprefix('Value error, ')}"
+        said = "Input should be an object" if problem["type"] == "model_type" else problem["msg"]
+        message = f"{field}: {said.removeprefix('Value error, ')}"
         if problem["type"] not in ("missing", "value_error"):
             message += f", got {shown(problem['input'])}"
         raise Refusal(422, "invalid_request", message, field=field) from error

@@ -149,13 +149,3 @@ async def test_the_index_page_escapes_what_chains_are_called(name: str) -> None:
     hosted = Chain(**{field: getattr(chain, field) for field in Chain.__slots__} | {"description": name})
     page = (await request(app_of(hosted), "GET", "/")).text
     assert "<b>Co" not in page
-
-
-@pytest.mark.filterwarnings("ignore:The `root_path` parameter is deprecated")
-async def test_behind_a_proxy_the_links_of_the_page_carry_its_prefix() -> None:
-    app = app_of(joke_chain(RunnableLambda(lambda _: "Ha!")), root_path="/llama")
-    page = (await request(app, "GET", "/")).text
-    assert 'href="/llama/joke/playground/"' in page
-    assert 'href="/llama/docs"' in page
-    assert "http://llama/llama/joke/invoke" in page
-    assert 'src="/llama/joke/playground/assets/' in (await request(app, "GET", "/joke/playground/")).text

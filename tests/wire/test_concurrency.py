@@ -131,7 +131,6 @@ async def test_a_client_that_takes_one_chunk_and_leaves_frees_its_slot(scripted_
     await until(scripted_server, running=0, within_s=1)
 
 
-@pytest.mark.xfail(reason="a failed item leaves the others of its batch running: see the test's docstring", strict=True)
 async def test_a_failed_item_of_a_batch_takes_the_others_along(scripted_server: Server) -> None:
     """LangChain gathers a batch without cancelling it: when one item fails the answer is an error at once, and the
     rest is computed for nobody."""

@@ -330,3 +330,16 @@ def test_the_openapi_schema_describes_every_endpoint(scripted_server: Server) ->
     names = re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(schema))
     assert names
     assert set(names) <= set(schema["components"]["schemas"])
+
+
+def test_behind_a_proxy_that_strips_a_prefix_all_links_carry_it(tmp_path: Path) -> None:
+    with Server(tmp_path / "log", script="tests/scripted_server.py", root_path="/llama") as server:
+        page = httpx.get(f"{server.url}/", headers={"host": "example.test"}).text
+        playground = httpx.get(f"{server.url}/translate/playground/").text
+        answer = httpx.post(f"{server.url}/translate/invoke", json={"input": {"text": "Hi", "target_language": "Thai"}})
+
+    assert 'href="/llama/translate/playground/"' in page
+    assert 'href="/llama/docs"' in page
+    assert "curl http://example.test/llama/translate/invoke" in page
+    assert 'src="/llama/translate/playground/assets/' in playground
+    assert answer.json()["output"] == "Hi"
