@@ -12,11 +12,12 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import SecretStr
 
+from llm.answering import astream, build_request, generation_info, stream, submit
 from llm.checkpoint import Checkpoint
 from llm.engine import Request, check_limits
 from llm.errors import EngineError
 from llm.generation import Chunk, Usage
-from llm.llama3_llm import LLaMA3_LLM, astream, build_request, generation_info, stream, submit
+from llm.llama3_llm import LLaMA3_LLM
 from llm.prompt import count, encode
 from llm.sampling import OPTIONS, Sampling
 

@@ -1,8 +1,7 @@
 """`LLaMA3_LLM`: a local Llama 3 as a LangChain LLM, a string in and a string out. Knows no chat model and no HTTP."""
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from typing import Annotated, Any
 
@@ -12,11 +11,10 @@ from langchain_core.messages import BaseMessage, HumanMessage, MessageLikeRepres
 from langchain_core.outputs import GenerationChunk, LLMResult
 from pydantic import Field, SkipValidation
 
-from llm.caller import Caller, current_caller
-from llm.checkpoint import Checkpoint
+from llm.answering import astream, build_request, generation_info, stream, submit
 from llm.engine import Engine, Request
 from llm.errors import InvalidMessage
-from llm.generation import Chunk, Generation, Usage
+from llm.generation import Chunk, Usage
 from llm.prompt import encode, encode_text
 from llm.sampling import OPTIONS, Sampling
 
@@ -227,86 +225,6 @@ class LLaMA3_LLM(LLM):
                 },
             },
         )
-
-
-def build_request(ids: Sequence[int], sampling: Sampling, *, timeout_s: float | None) -> Request:
-    """A request on behalf of the current caller."""
-    caller = current_caller.get() or Caller()
-    deadlines = [caller.deadline, None if timeout_s is None else time.monotonic() + timeout_s]
-    return Request(
-        prompt=tuple(ids),
-        sampling=sampling,
-        deadline=min((deadline for deadline in deadlines if deadline is not None), default=None),
-        owner=caller.owner,
-        caller=caller.id,
-        trace_id=caller.id,
-    )
-
-
-def submit(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
-    """Submit all at once, so that the engine can work on them together; all or none."""
-    caller = current_caller.get()
-    generations: list[Generation] = []
-    try:
-        for request in requests:
-            generation = engine.generate(request)
-            generations.append(generation)
-            if caller is not None:
-                caller.adopt(generation)
-    except BaseException:
-        for generation in generations:
-            generation.cancel()
-        raise
-    return generations
-
-
-def stream(engine: Engine, request: Request) -> Generator[Chunk]:
-    """The answer's chunks that say something; closing this cancels the generation."""
-    (generation,) = submit(engine, [request])
-    try:
-        yield from filter(is_telling, generation)
-    finally:
-        generation.cancel()
-
-
-async def astream(engine: Engine, request: Request) -> AsyncGenerator[Chunk]:
-    """`stream`, awaited."""
-    (generation,) = submit(engine, [request])
-    try:
-        async for chunk in generation:
-            if is_telling(chunk):
-                yield chunk
-    finally:
-        generation.cancel()
-
-
-def is_telling(chunk: Chunk) -> bool:
-    """False while text is held back: half a character, or what may become a stop string."""
-    return bool(chunk.text or chunk.logprobs or chunk.finish_reason)
-
-
-def generation_info(chunk: Chunk, checkpoint: Checkpoint, model_name: str) -> dict[str, Any]:
-    """What LangChain wants to know of a chunk besides its text; log-probabilities in OpenAI's shape."""
-    info: dict[str, Any] = {}
-    if chunk.finish_reason is not None:
-        info |= {"finish_reason": str(chunk.finish_reason), "model_name": model_name}
-    if chunk.logprobs:
-        spell = checkpoint.tokenizer.convert_ids_to_tokens
-        info["logprobs"] = {
-            "content": [
-                {
-                    "token": spell(item.token_id),
-                    "token_id": item.token_id,
-                    "logprob": item.logprob,
-                    "top_logprobs": [
-                        {"token": spell(token_id), "token_id": token_id, "logprob": logprob}
-                        for token_id, logprob in item.top
-                    ],
-                }
-                for item in chunk.logprobs
-            ]
-        }
-    return info
 
 
 def _history(history: Sequence[MessageLikeRepresentation]) -> list[BaseMessage]:

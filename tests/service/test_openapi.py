@@ -1,0 +1,40 @@
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from chains import build_chains
+from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
+from service.app import create_app
+from service.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def description() -> Iterator[dict[str, Any]]:
+    engine = ScriptedEngine()
+    engine.wait_until_ready(30)
+    model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
+    app = create_app(Settings(), chains=build_chains(model), check=model.check, engine=engine)
+    yield app.openapi()
+    engine.close()
+
+
+def test_requests_show_no_arguments_that_would_be_refused(description: dict[str, Any]) -> None:
+    requests = {name: schema for name, schema in description["components"]["schemas"].items() if "Request" in name}
+    assert len(requests) == 3 * 5
+    assert not any("kwargs" in schema["properties"] for schema in requests.values())
+
+
+def test_a_config_hash_is_asked_for_only_where_it_is_in_the_path(description: dict[str, Any]) -> None:
+    for path, operations in description["paths"].items():
+        for operation in operations.values():
+            asked = {parameter["name"] for parameter in operation.get("parameters", [])}
+            assert asked == set(re.findall(r"{(\w+)}", path)), path
+
+
+def test_errors_are_described_as_they_are_sent(description: dict[str, Any]) -> None:
+    responses = description["paths"]["/translate/invoke"]["post"]["responses"]
+    assert responses["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/HTTPValidationError")
+    described = description["components"]["schemas"]["HTTPValidationError"]["properties"]["error"]
+    assert described["required"] == ["type", "message", "request_id"]
