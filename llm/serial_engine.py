@@ -3,6 +3,7 @@
 What makes the tokens is a `TokenSource`: it is opened and run in the engine's own thread and nowhere else.
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -19,6 +20,9 @@ from llm.generation import Chunk, FinishReason, Generation, Token, Usage
 from llm.text import TextStream
 
 log = logging.getLogger(__name__)
+
+EXIT_TIMEOUT_S = 10
+"""How long a program that ends waits for a load in progress."""
 
 
 class TokenSource(Protocol):
@@ -66,6 +70,7 @@ class SerialEngine:
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=f"engine {self._name}", daemon=True)
         self._thread.start()
+        atexit.register(self._end_with_the_program)
 
     # What everybody else calls.
 
@@ -118,6 +123,12 @@ class SerialEngine:
             self._changed.notify_all()
         if not is_loading:
             self._thread.join()
+        atexit.unregister(self._end_with_the_program)
+
+    def _end_with_the_program(self) -> None:
+        """A thread that is inside torch when the interpreter goes away takes the process down with SIGABRT."""
+        self.close()
+        self._thread.join(EXIT_TIMEOUT_S)
 
     def _loaded(self) -> Checkpoint:
         if self._death is not None:

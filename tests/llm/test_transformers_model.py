@@ -1,5 +1,7 @@
 """The real model against transformers' own `generate`."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,6 +149,15 @@ def wait_until(is_true: Callable[[], bool]) -> None:
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_program_that_ends_in_the_middle_of_an_answer_ends_cleanly(tiny_llama3: Path) -> None:
+    """The engine's thread was inside torch when the interpreter went away, and the process ended with SIGABRT."""
+    program = f"from llm import LLaMA3_LLM; next(LLaMA3_LLM({str(tiny_llama3)!r}).stream('Hi'))"
+
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.gpu
