@@ -41,8 +41,10 @@ class TransformersModel:
         for first in chunks:
             self._model.base_model(input_ids=first, past_key_values=cache, use_cache=True)
             yield None
+        # As a tensor: the number 1 would slice, and the CPU multiplies slices slowly: 84 ms instead of 37 for 43 tokens.
+        last = torch.tensor([-1])
         while True:
-            output = self._model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self._model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=last)
             token = chooser.choose(output.logits[0, -1].to(device))
             yield token
             chunk = torch.tensor([[token.id]], device=device)
