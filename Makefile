@@ -1,5 +1,7 @@
 # Everything happens in .venv; nothing is done twice.
 
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -34,7 +36,7 @@ bench: .venv/installed-dev
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 # Prints the requirements that pyproject.toml lists at a place, one a line.
 LISTED = $(BIN)/python -c 'import functools, sys, tomllib; \
@@ -53,4 +55,5 @@ LISTED = $(BIN)/python -c 'import functools, sys, tomllib; \
 	@echo "Installing what the tests need"
 	@$(LISTED) dependency-groups dev | $(PIP) --requirement /dev/stdin
 	@$(PIP) --no-deps llama-models
+	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix tests/wire/javascript; fi
 	@touch $@

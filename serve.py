@@ -11,8 +11,8 @@ import uvicorn
 
 from chains import build_chains
 from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine
-from llm.engine import Engine
-from llm.errors import EngineError, ModelError
+from llm.engine import Engine, EngineState
+from llm.errors import LLMError
 from service.app import create_app
 from service.settings import Settings, read_settings
 
@@ -21,6 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     """Load the model in the background and serve its chains until told to stop; return the exit code."""
     settings = read_settings(arguments)
     keep_quiet_outside(settings)
+    if settings.cache is not None:
+        os.environ["SERVE_CACHE"] = str(settings.cache)  # where `llm` looks for it, served or not
     engine = LocalEngine(
         settings.model,
         dtype=settings.dtype,
@@ -46,23 +48,29 @@ def run(settings: Settings, engine: Engine) -> int:
             timeout_graceful_shutdown=settings.drain_timeout_s,
         )
     )
-    failures: list[ModelError] = []
+    failures: list[LLMError] = []
 
     def watch() -> None:
         try:
             engine.wait_until_ready()
-        except ModelError as error:
-            failures.append(error)
-            server.should_exit = True
-        except EngineError:  # closed while loading
-            pass
+        except LLMError as error:
+            if not server.should_exit:
+                failures.append(error)
+                server.should_exit = True
 
     threading.Thread(target=watch, daemon=True).start()
     # uvicorn raises the signal that it was stopped by once more when all is done: that would not be a clean exit.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     server.run()
-    return 1 if failures else 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    exit_code = 1 if failures else 0
+    if engine.health().state is EngineState.LOADING:
+        # A download or torch is in the middle of what cannot be interrupted: waiting for it could take minutes.
+        logging.shutdown()
+        os._exit(exit_code)
+    return exit_code
 
 
 def keep_quiet_outside(settings: Settings) -> None:

@@ -3,18 +3,17 @@
 from typing import Annotated, Any
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
-from langchain_core.runnables import Runnable
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, RootModel
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from chains.chain import Chain
 from chains.messages import Message
-from chains.options import with_options
 
-PROMPT = ChatPromptTemplate([MessagesPlaceholder("messages")])
+prompt = ChatPromptTemplate([MessagesPlaceholder("messages")])
+"""From an input to what the model is shown."""
 
 EXAMPLE: dict[str, Any] = {"messages": [{"type": "human", "content": "What is the capital of France?"}]}
 
@@ -47,21 +46,13 @@ class ChatOutput(RootModel[AIMessage | AIMessageChunk]):
 
 def build(model: BaseChatModel) -> Chain:
     """Build the chat chain over a model."""
-    answer = with_options(model)
-    pipeline: Runnable[Any, Any] = PROMPT | answer
-    runnable = pipeline.with_types(input_type=ChatInput, output_type=ChatOutput)
-    return Chain(
+    return Chain.of(
+        prompt,
+        model,
         name="chat",
         description="Continue a conversation.",
-        runnable=runnable,
         input_type=ChatInput,
-        messages=messages,
-        options=answer.options,
+        output_type=ChatOutput,
         example=EXAMPLE,
         playground="chat",
     )
-
-
-def messages(chat_input: dict[str, Any]) -> list[BaseMessage]:
-    """What the model is shown."""
-    return PROMPT.invoke(chat_input).to_messages()

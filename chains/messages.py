@@ -39,7 +39,11 @@ def parse_message(value: object) -> BaseMessage:
         if not content.strip():
             raise ValueError("the content of a human message must not be empty")
         return HumanMessage(content)
-    return AIMessage(content) if role == "ai" else SystemMessage(content)
+    if role == "ai":
+        if value.get("tool_calls") or value.get("invalid_tool_calls"):
+            raise ValueError("the tool calls of a message cannot be shown to this model")
+        return AIMessage(content)
+    return SystemMessage(content)
 
 
 def _role(message: Mapping[Any, Any]) -> str:

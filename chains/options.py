@@ -36,7 +36,7 @@ SAMPLING_OPTIONS = (
     _optional(int, "top_k", "Draw from this many of the likeliest tokens; 0 for all.", 50, ge=0),
     _optional(float, "min_p", "Drop tokens less likely than this fraction of the likeliest.", 0.05, ge=0, le=1),
     _optional(int, "max_tokens", "New tokens at most; what room the context has left if not given.", 100, ge=1),
-    _optional(float, "repetition_penalty", "Above 1: repeat less. 1 is off.", 1.1, gt=0, le=2),
+    _optional(float, "repetition_penalty", "Above 1: repeat less. 1 is off.", 1.1, ge=0.01, le=2),
     _optional(int, "seed", "Same seed and input, same answer.", 1, ge=0, le=2**63 - 1),
     _optional(
         list[Annotated[str, StringConstraints(min_length=1)]],
@@ -50,26 +50,26 @@ SAMPLING_OPTIONS = (
 
 
 class WithOptions(DynamicRunnable[Any, BaseMessage]):
-    """A chat model that takes its sampling options from the call's `configurable`, and else from `defaults`."""
+    """A chat model that takes its sampling options from the call's `configurable`, and else from `presets`."""
 
     default: Annotated[RunnableSerializable[Any, BaseMessage], SkipValidation]
-    defaults: dict[str, Any]
+    presets: dict[str, Any]
 
     @property
     def config_specs(self) -> list[ConfigurableFieldSpec]:
         """The options, with this chain's defaults."""
-        return [spec._replace(default=self.defaults.get(spec.id, spec.default)) for spec in SAMPLING_OPTIONS]
+        return [spec._replace(default=self.presets.get(spec.id, spec.default)) for spec in SAMPLING_OPTIONS]
 
     def options(self, configurable: Mapping[str, Any]) -> dict[str, Any]:
         """The call arguments for a `configurable`."""
         given = {spec.id: configurable.get(spec.id) for spec in SAMPLING_OPTIONS}
-        return {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
+        return {**self.presets, **{name: value for name, value in given.items() if value is not None}}
 
     def _prepare(self, config: RunnableConfig | None = None) -> tuple[Runnable[Any, BaseMessage], RunnableConfig]:
         config = config or {}
         return self.default.bind(**self.options(config.get("configurable", {}))), config
 
 
-def with_options(model: BaseChatModel, **defaults: Any) -> WithOptions:
+def with_options(model: BaseChatModel, **presets: Any) -> WithOptions:
     """Let callers set the model's sampling options, from these defaults."""
-    return WithOptions(default=model, defaults=defaults)
+    return WithOptions(default=model, presets=presets)

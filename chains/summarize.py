@@ -3,16 +3,15 @@
 from typing import Annotated, Any, Literal
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables import RunnableLambda
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from chains.chain import Chain
-from chains.options import with_options, without_null
-from chains.translate import Language, Text
+from chains.options import without_null
+from chains.texts import Language, Text
 
 STYLES = {
     "paragraph": "one paragraph",
@@ -56,27 +55,6 @@ class SummarizeInput(BaseModel):
     ] = None
 
 
-def build(model: BaseChatModel) -> Chain:
-    """Build the summary chain over a model."""
-    answer = with_options(model, temperature=0.0, repetition_penalty=1.0)
-    pipeline: Runnable[Any, Any] = RunnableLambda(_variables, name="variables") | PROMPT | answer | StrOutputParser()
-    runnable = pipeline.with_types(input_type=SummarizeInput, output_type=str)
-    return Chain(
-        name="summarize",
-        description="Summarize a text.",
-        runnable=runnable,
-        input_type=SummarizeInput,
-        messages=messages,
-        options=answer.options,
-        example=EXAMPLE,
-    )
-
-
-def messages(summarize_input: dict[str, Any]) -> list[BaseMessage]:
-    """What the model is shown."""
-    return PROMPT.invoke(_variables(summarize_input)).to_messages()
-
-
 def _variables(summarize_input: dict[str, Any]) -> dict[str, Any]:
     max_words, language = summarize_input.get("max_words"), summarize_input.get("language")
     return {
@@ -85,3 +63,22 @@ def _variables(summarize_input: dict[str, Any]) -> dict[str, Any]:
         "length": f" of at most {max_words} words" if max_words else "",
         "language": f" in {language}" if language else ", in the language of the text",
     }
+
+
+prompt = RunnableLambda(_variables, name="variables") | PROMPT
+"""From an input to what the model is shown."""
+
+
+def build(model: BaseChatModel) -> Chain:
+    """Build the summary chain over a model."""
+    return Chain.of(
+        prompt,
+        model,
+        StrOutputParser(),
+        name="summarize",
+        description="Summarize a text.",
+        input_type=SummarizeInput,
+        output_type=str,
+        presets={"temperature": 0.0, "repetition_penalty": 1.0},
+        example=EXAMPLE,
+    )

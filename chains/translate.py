@@ -3,28 +3,15 @@
 from typing import Annotated, Any
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from chains.chain import Chain
-from chains.options import with_options, without_null
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("the text must not be empty")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_not_blank), Field(json_schema_extra={"pattern": r"\S"})]
-# Browsers check the pattern too, and to JavaScript \w is ASCII: no 中文, no Français.
-Language = Annotated[
-    str, StringConstraints(min_length=1, max_length=60, pattern=r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}_ ()'-]*$")
-]
+from chains.options import without_null
+from chains.texts import Language, Text
 
 PROMPT = ChatPromptTemplate(
     [
@@ -56,18 +43,26 @@ class TranslateInput(BaseModel):
     ] = None
 
 
+def _variables(translate_input: dict[str, Any]) -> dict[str, Any]:
+    source_language = translate_input.get("source_language")
+    return {**translate_input, "source": f" from {source_language}" if source_language else ""}
+
+
+prompt = RunnableLambda(_variables, name="variables") | PROMPT
+"""From an input to what the model is shown."""
+
+
 def build(model: BaseChatModel) -> Chain:
     """Build the translation chain over a model."""
-    answer = with_options(model, temperature=0.0, repetition_penalty=1.0)
-    pipeline: Runnable[Any, Any] = RunnableLambda(_variables, name="variables") | PROMPT | answer | StrOutputParser()
-    runnable = pipeline.with_types(input_type=TranslateInput, output_type=str)
-    return Chain(
+    return Chain.of(
+        prompt,
+        model,
+        StrOutputParser(),
         name="translate",
         description="Translate a text into another language.",
-        runnable=runnable,
         input_type=TranslateInput,
-        messages=messages,
-        options=answer.options,
+        output_type=str,
+        presets={"temperature": 0.0, "repetition_penalty": 1.0},
         example=EXAMPLE,
     )
 
@@ -75,13 +70,3 @@ def build(model: BaseChatModel) -> Chain:
 def to(language: str) -> Runnable[str, dict[str, Any]]:
     """Make a text the input of the translation chain: `summarize | to("German") | translate`."""
     return RunnableLambda(lambda text: {"text": text, "target_language": language}, name=f"to {language}")
-
-
-def messages(translate_input: dict[str, Any]) -> list[BaseMessage]:
-    """What the model is shown."""
-    return PROMPT.invoke(_variables(translate_input)).to_messages()
-
-
-def _variables(translate_input: dict[str, Any]) -> dict[str, Any]:
-    source_language = translate_input.get("source_language")
-    return {**translate_input, "source": f" from {source_language}" if source_language else ""}

@@ -5,7 +5,6 @@ from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
 
 from llm.caller import Caller, current_caller
-from llm.checkpoint import Checkpoint
 from llm.engine import Engine, Request
 from llm.generation import Chunk, Generation
 from llm.sampling import Sampling
@@ -67,13 +66,13 @@ def is_telling(chunk: Chunk) -> bool:
     return bool(chunk.text or chunk.logprobs or chunk.finish_reason)
 
 
-def generation_info(chunk: Chunk, checkpoint: Checkpoint, model_name: str) -> dict[str, Any]:
+def generation_info(chunk: Chunk, engine: Engine, model_name: str) -> dict[str, Any]:
     """What LangChain wants to know of a chunk besides its text; log-probabilities in OpenAI's shape."""
     info: dict[str, Any] = {}
     if chunk.finish_reason is not None:
         info |= {"finish_reason": str(chunk.finish_reason), "model_name": model_name}
     if chunk.logprobs:
-        spell = checkpoint.tokenizer.convert_ids_to_tokens
+        spell = engine.checkpoint.tokenizer.convert_ids_to_tokens
         info["logprobs"] = {
             "content": [
                 {

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from llm.answering import astream, build_request, generation_info, stream, submit
 from llm.checkpoint import Checkpoint
 from llm.engine import Request, check_limits
-from llm.errors import EngineError
+from llm.errors import EngineError, QueueFull
 from llm.generation import Chunk, Usage
 from llm.llama3_llm import LLaMA3_LLM
 from llm.prompt import count, encode
@@ -114,10 +114,13 @@ class ChatLLaMA3(BaseChatModel):
         """Hold a call against the model's limits without making it; return the number of prompt tokens.
 
         Raises what the call would raise: `InvalidOption`, `InvalidMessage`, `ContextOverflow`, or an `EngineError`
-        while there is no model.
+        while there is no model or no room in the queue.
         """
         request = self._request(messages, stop, options)
         check_limits(request, self._loaded())
+        health = self.llm.engine.health()
+        if health.is_full:
+            raise QueueFull(f"{health.waiting} requests wait already, which is the limit")
         return len(request.prompt)
 
     def _loaded(self) -> Checkpoint:
@@ -195,7 +198,7 @@ class ChatLLaMA3(BaseChatModel):
                 yield chunk
 
     def _info(self, chunk: Chunk) -> dict[str, Any]:
-        return generation_info(chunk, self.llm.engine.checkpoint, self.model_name)
+        return generation_info(chunk, self.llm.engine, self.model_name)
 
     def _chunk(self, chunk: Chunk) -> ChatGenerationChunk:
         info = self._info(chunk)

@@ -47,6 +47,8 @@ class EngineHealth:
     """Requests being generated."""
     waiting: int = 0
     """Requests in the queue."""
+    is_full: bool = False
+    """True if one request more would be refused."""
     slots: int = 0
     """Requests that can run at once."""
     context: int = 0
@@ -64,7 +66,7 @@ class Engine(Protocol):
         ...
 
     def wait_until_ready(self, timeout_s: float | None = None) -> Checkpoint:
-        """Wait for the model. Raises the `ModelError` that kept it from loading, or `EngineLoading` after a timeout."""
+        """Wait for the model. Raises what kept it from loading, or `EngineLoading` after a timeout."""
         ...
 
     def generate(self, request: Request) -> Generation:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
-from llm.errors import LLMError
+from llm.errors import DeadlineExceeded, LLMError
 
 
 class FinishReason(StrEnum):
@@ -95,9 +95,17 @@ class Generation:
     It always ends: after a chunk with a `finish_reason`, or by raising the typed error that stopped it.
     """
 
-    def __init__(self, on_cancel: Callable[["Generation"], None]) -> None:
+    def __init__(self, on_cancel: Callable[["Generation"], None], *, deadline: float | None = None) -> None:
+        """Begin.
+
+        Args:
+            on_cancel: Told once if it is cancelled or its time is up.
+            deadline: `time.monotonic()` seconds at which it ends. Its reader watches it, too: an engine that hangs
+                must not hang others.
+        """
         self.timings = Timings()
         self._on_cancel = on_cancel
+        self._deadline = deadline
         self._ready = threading.Condition()
         self._loop_waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
         self._pending: Chunk | None = None
@@ -122,7 +130,8 @@ class Generation:
     def __next__(self) -> Chunk:
         with self._ready:
             while not self._has_news():
-                self._ready.wait()
+                if not self._ready.wait(self._left_s()):
+                    self.expire()
             chunk = self._take()
         if chunk is None:
             raise StopIteration
@@ -140,10 +149,23 @@ class Generation:
                 loop = asyncio.get_running_loop()
                 waiter = loop.create_future()
                 self._loop_waiter = (loop, waiter)
-            await waiter
+            try:
+                await asyncio.wait_for(waiter, self._left_s())
+            except TimeoutError:
+                self.expire()
         if chunk is None:
             raise StopAsyncIteration
         return chunk
+
+    def expire(self) -> None:
+        """End it because its time is up."""
+        waited_s = time.monotonic() - self.timings.queued
+        error = DeadlineExceeded(f"the request was not finished in time: ended after {waited_s:.1f} s")
+        if self._put(None, ends=True, error=error):
+            self._on_cancel(self)
+
+    def _left_s(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def _has_news(self) -> bool:
         return self._pending is not None or self._is_ended

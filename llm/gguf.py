@@ -27,7 +27,7 @@ _FORMAT = 1
 _BLOCK = 2**20
 _MAX_BLOCKS = 256
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
@@ -65,7 +65,7 @@ def _convert_once(source: Path, target: Path) -> None:
             return
         for left_over in (target, *target.parent.glob(f"{target.name}.*.part")):  # damaged, or by a process that died
             shutil.rmtree(left_over, ignore_errors=True)
-        logger.info("converting %s; this happens once", source)
+        log.info("converting %s; this happens once", source)
         with tempfile.TemporaryDirectory(
             prefix=f"{target.name}.", suffix=".part", dir=target.parent, ignore_cleanup_errors=True
         ) as part:

@@ -67,23 +67,23 @@ class LLaMA3_LLM(LLM):
 
         Raises:
             ModelError: The model cannot be had; the message says what to do.
+            InvalidOption: A sampling default, dtype or device is not allowed.
         """
         if reference is not None and mode_name_or_path is not None:
             raise TypeError("give the model once: positionally or as mode_name_or_path")
         if unknown := fields.keys() - type(self).model_fields.keys():
             raise TypeError(f"LLaMA3_LLM has no {', '.join(sorted(unknown))}")
         reference = reference or mode_name_or_path
+        Sampling.of({name: fields.get(name) for name in OPTIONS})  # refuses defaults that no call could use
         if engine is None:
-            from llm.local_engine import LocalEngine  # brings in torch
+            from llm.local_engine import LocalEngine
 
-            local = LocalEngine(reference or "embedded", dtype=dtype, device=device)
-            local.wait_until_ready()
-            engine = local
+            engine = LocalEngine(reference or "embedded", dtype=dtype, device=device)
+            engine.wait_until_ready()
         elif reference is not None or dtype != "auto" or device != "auto":
             raise TypeError("an engine has its model, dtype and device already")
         fields.setdefault("model_name", engine.health().model)
         super().__init__(engine=engine, **fields)
-        self.sampling({}, prompt_tokens=0, context=None)  # refuses defaults that no call could use
 
     def __call__(self, prompt: str, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Answer a prompt, as the tutorials call it."""
@@ -111,11 +111,11 @@ class LLaMA3_LLM(LLM):
         """The sampling options that are set here."""
         return {name: value for name in OPTIONS if (value := getattr(self, name, None)) is not None}
 
-    def sampling(self, options: Mapping[str, Any], *, prompt_tokens: int, context: int | None) -> Sampling:
+    def sampling(self, options: Mapping[str, Any], *, prompt_tokens: int, context: int) -> Sampling:
         """Merge call arguments into the defaults. A default `max_tokens` gives way where the context has less room."""
         given = {name: value for name, value in options.items() if value is not None}
         merged = {**self.options(), **given}
-        if "max_tokens" in merged and "max_tokens" not in given and context is not None:
+        if "max_tokens" in merged and "max_tokens" not in given:
             merged["max_tokens"] = max(1, min(merged["max_tokens"], context - prompt_tokens))
         return Sampling.of(merged)
 
@@ -208,7 +208,7 @@ class LLaMA3_LLM(LLM):
         return GenerationChunk(text=chunk.text, generation_info=self._info(chunk))
 
     def _info(self, chunk: Chunk) -> dict[str, Any]:
-        return generation_info(chunk, self.engine.checkpoint, self.model_name)
+        return generation_info(chunk, self.engine, self.model_name)
 
     def _result(self, answers: Sequence[Chunk]) -> LLMResult:
         usages = [answer.usage or Usage(0, 0) for answer in answers]
@@ -227,8 +227,10 @@ class LLaMA3_LLM(LLM):
         )
 
 
-def _history(history: Sequence[MessageLikeRepresentation]) -> list[BaseMessage]:
+def _history(history: Sequence[MessageLikeRepresentation] | None) -> list[BaseMessage]:
+    if isinstance(history, str):
+        raise InvalidMessage("history", "history is a list of messages, not a string")
     try:
-        return convert_to_messages(history)
-    except (ValueError, NotImplementedError) as error:
+        return convert_to_messages(history or ())
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise InvalidMessage("history", f"history holds something that is no message: {error}") from error

@@ -16,7 +16,7 @@ class LocalEngine(SerialEngine):
         dtype: str = "auto",
         device: str = "auto",
         max_context: int | None = None,
-        max_queue: int = 256,
+        max_queue: int | None = None,
     ) -> None:
         """Return at once; the model is fetched and loaded in the background.
 
@@ -25,7 +25,7 @@ class LocalEngine(SerialEngine):
             dtype: `auto` (the checkpoint's own), `bfloat16`, `float16` or `float32`.
             device: `auto` (all GPUs, else the CPU), `cpu`, `cuda` or `cuda:N`.
             max_context: Tokens of prompt and answer together; None: what the checkpoint was trained for.
-            max_queue: Requests that may wait.
+            max_queue: Requests that may wait; None: any number.
         """
         load = partial(_load, reference, dtype=dtype, device=device, max_context=max_context)
         super().__init__(reference, load, max_queue=max_queue)

@@ -8,6 +8,9 @@ from torch import Tensor
 from llm.generation import Token, TokenLogprob
 from llm.sampling import Sampling
 
+MIN_TEMPERATURE = 1e-5
+"""Below it, as above it, the likeliest token has all the probability; but float32 would overflow."""
+
 
 class Chooser:
     """Chooses a request's tokens one after the other: holds its generator and what it has seen so far."""
@@ -60,7 +63,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     Temperature, then top_k, top_p and min_p, in the order and with the meaning of transformers' logits warpers.
     The probabilities need not add up to 1: what was cut off is missing.
     """
-    logits = logits / sampling.temperature
+    logits = (logits - logits.max()) / max(sampling.temperature, MIN_TEMPERATURE)
     if sampling.top_k:
         logits, ids = logits.topk(sampling.top_k)
     else:

@@ -41,7 +41,7 @@ _FORMS = "embedded, a path, hf:org/name[@revision] or modelscope:org/name[@revis
 _PICKLES = (".bin", ".pth", ".pt")
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ def _from_hub(hub: Hub, *, refresh: bool) -> Path:
     except DownloadFailed as error:
         if cached is None:
             raise
-        logger.warning("%s; using the copy in %s", error, cached)
+        log.warning("%s; using the copy in %s", error, cached)
         return cached
     # Gigabytes come last, when everything that could refuse the model has been seen.
     _check_weights(names, hub)

@@ -1,6 +1,5 @@
 """How the next token is chosen: one request's sampling options, checked. Knows no torch and no model."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -47,7 +46,7 @@ class Sampling:
         _check_float("top_p", self.top_p, 0.0, 1.0, above=True)
         _check_int("top_k", self.top_k, 0, None)
         _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 2.0, above=True)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 2.0)
         _check_int("seed", self.seed, 0, MAX_SEED, optional=True)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _check_stop(self.stop)
@@ -85,8 +84,8 @@ def _check_int(name: str, value: object, low: int, high: int | None, *, optional
 
 def _check_float(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     limit = f"a number above {low:g} and at most {high:g}" if above else f"a number from {low:g} to {high:g}"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (above and value == low):  # type: ignore[operator]  # NaN fails
         raise InvalidOption(name, limit, value)
 
 

@@ -39,7 +39,7 @@ class ScriptedEngine(SerialEngine):
         context: int = 8192,
         token_delay_s: float = 0.0,
         load_delay_s: float = 0.0,
-        max_queue: int = 256,
+        max_queue: int | None = None,
     ) -> None:
         """Return at once.
 
@@ -50,7 +50,7 @@ class ScriptedEngine(SerialEngine):
             context: Tokens (bytes) of prompt and answer together.
             token_delay_s: Time that each token takes.
             load_delay_s: Time that loading takes.
-            max_queue: Requests that may wait.
+            max_queue: Requests that may wait; None: any number.
         """
         self.prompts: list[str] = []
 

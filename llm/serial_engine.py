@@ -15,14 +15,14 @@ from typing import Protocol
 
 from llm.checkpoint import Checkpoint
 from llm.engine import EngineHealth, EngineState, Request, check_limits
-from llm.errors import DeadlineExceeded, EngineDead, EngineLoading, GenerationFailed, LLMError, ModelError, QueueFull
+from llm.errors import EngineDead, EngineLoading, GenerationFailed, LLMError, QueueFull
 from llm.generation import Chunk, FinishReason, Generation, Token, Usage
 from llm.text import TextStream
 
 log = logging.getLogger(__name__)
 
-EXIT_TIMEOUT_S = 10
-"""How long a program that ends waits for a load in progress."""
+CLOSE_TIMEOUT_S = 10
+"""How long closing waits for the step, or at a program's end for the load, that is in progress."""
 
 
 class TokenSource(Protocol):
@@ -41,7 +41,7 @@ class TokenSource(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Job:
     request: Request
     max_tokens: int
@@ -51,13 +51,13 @@ class _Job:
 class SerialEngine:
     """Takes requests from any thread, and serves them in one thread of its own, first come first served."""
 
-    def __init__(self, name: str, open_source: Callable[[], TokenSource], *, max_queue: int) -> None:
+    def __init__(self, name: str, open_source: Callable[[], TokenSource], *, max_queue: int | None) -> None:
         """Return at once; the model loads in the background.
 
         Args:
             name: The model reference.
             open_source: Loads the model. Called once, in the engine's thread.
-            max_queue: Requests that may wait; one more is refused with `QueueFull`.
+            max_queue: Requests that may wait; one more is refused with `QueueFull`. None: any number.
         """
         self._name = name
         self._open_source = open_source
@@ -67,6 +67,7 @@ class SerialEngine:
         self._running: _Job | None = None
         self._checkpoint: Checkpoint | None = None
         self._death: LLMError | None = None
+        self._was_loaded = False
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=f"engine {self._name}", daemon=True)
         self._thread.start()
@@ -81,18 +82,19 @@ class SerialEngine:
             return self._loaded()
 
     def wait_until_ready(self, timeout_s: float | None = None) -> Checkpoint:
-        """Wait for the model. Raises the `ModelError` that kept it from loading, or `EngineLoading` after a timeout."""
+        """Wait for the model. Raises what kept it from loading, or `EngineLoading` after a timeout."""
         with self._changed:
             self._changed.wait_for(lambda: self._checkpoint is not None or self._death is not None, timeout_s)
-            if isinstance(self._death, ModelError):
+            if self._death is not None and not self._was_loaded:
                 raise self._death
             return self._loaded()
 
     def generate(self, request: Request) -> Generation:
         """Queue a request and return at once, or raise why it cannot be served."""
         with self._changed:
-            job = _Job(request, check_limits(request, self._loaded()), Generation(self._forget))
-            if len(self._waiting) >= self._max_queue:
+            max_tokens = check_limits(request, self._loaded())
+            job = _Job(request, max_tokens, Generation(self._forget, deadline=request.deadline))
+            if self._max_queue is not None and len(self._waiting) >= self._max_queue:
                 raise QueueFull(f"{len(self._waiting)} requests wait already, which is the limit")
             self._waiting.append(job)
             self._changed.notify_all()
@@ -110,6 +112,7 @@ class SerialEngine:
                 model=self._name,
                 running=0 if self._running is None else 1,
                 waiting=len(self._waiting),
+                is_full=self._max_queue is not None and len(self._waiting) >= self._max_queue,
                 slots=1,
                 context=0 if self._checkpoint is None else self._checkpoint.context,
                 error=None if self._death is None else str(self._death),
@@ -122,13 +125,12 @@ class SerialEngine:
             is_loading = self._checkpoint is None and self._death is None
             self._changed.notify_all()
         if not is_loading:
-            self._thread.join()
-        atexit.unregister(self._end_with_the_program)
+            self._thread.join(CLOSE_TIMEOUT_S)
 
     def _end_with_the_program(self) -> None:
         """A thread that is inside torch when the interpreter goes away takes the process down with SIGABRT."""
         self.close()
-        self._thread.join(EXIT_TIMEOUT_S)
+        self._thread.join(CLOSE_TIMEOUT_S)
 
     def _loaded(self) -> Checkpoint:
         if self._death is not None:
@@ -151,6 +153,7 @@ class SerialEngine:
             source = self._open_source()
             with self._changed:
                 self._checkpoint = source.checkpoint
+                self._was_loaded = True
                 self._changed.notify_all()
             log.info("The model %s is ready after %.1f s", self._name, time.monotonic() - started)
             while (job := self._next()) is not None:
@@ -190,7 +193,7 @@ class SerialEngine:
                         num_tokens += 1
                         generation.deliver(_chunk(job, checkpoint, text, token, num_tokens))
         except Exception as error:
-            log.exception("A request failed")
+            log.exception("Request %s failed", job.request.trace_id)
             generation.fail(GenerationFailed(f"generation failed: {type(error).__name__}"))
         generation.fail(EngineDead("the engine was closed"))  # ignored unless that is why the loop ended
 
@@ -202,8 +205,7 @@ class SerialEngine:
             late = [job for job in jobs if job.request.deadline is not None and job.request.deadline <= now]
             self._waiting = deque(job for job in self._waiting if job not in late)
         for job in late:
-            waited_s = now - job.generation.timings.queued
-            job.generation.fail(DeadlineExceeded(f"the request was not finished in time: ended after {waited_s:.1f} s"))
+            job.generation.expire()
 
     def _die(self, death: LLMError) -> None:
         with self._changed:
@@ -213,6 +215,7 @@ class SerialEngine:
             self._waiting.clear()
             self._running = None
             self._changed.notify_all()
+        atexit.unregister(self._end_with_the_program)
         for job in jobs:
             error = EngineDead(f"the engine has stopped: {death}")
             error.__cause__ = death

@@ -52,7 +52,7 @@ class Detokenizer:
         unsent = len(text) - self._sent
         for cut in range(len(self._ids) - MAX_PARTIAL - 1, 0, -1):
             tail = self._decode(self._ids[cut:], skip_special_tokens=True)
-            if len(tail) > unsent and text.endswith(tail):
+            if text.endswith(tail) and (len(tail) > unsent or not text):
                 del self._ids[:cut]
                 self._sent = len(tail) - unsent
                 return

@@ -3,9 +3,11 @@
 Knows LangServe's wire format, and what clients in Python and JavaScript send along. Knows no chain and no model.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
+from uuid import UUID
 
 import orjson
 from fastapi import Request
@@ -19,8 +21,8 @@ from service.errors import Refusal, location
 MAX_DEPTH = 100
 """Nesting of a body: below what Python's own recursion limit lets later readers take."""
 
-FOREIGN_KEYS = ("thread_id", "checkpoint_", "langgraph_", "__")
-"""Keys that LangChain and LangGraph add to `configurable` unasked, or how they begin: dropped."""
+FOREIGN_KEYS = re.compile(r"thread_id|(checkpoint_|langgraph_|__).*", re.DOTALL)
+"""Keys that LangChain and LangGraph add to `configurable` unasked: dropped."""
 
 MAX_HASH = 4096
 """Characters of a share link's hash: few kilobytes of it can stand for gigabytes."""
@@ -32,20 +34,16 @@ class Config(BaseModel):
     """A RunnableConfig as clients send it. All but `configurable` is for the client's own side; names are those of
     LangChain in Python and JavaScript."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True)
 
     configurable: dict[str, Any] = Field(default_factory=dict)
-    tags: Any = None
-    metadata: Any = None
-    run_name: Any = None
-    run_id: Any = None
-    max_concurrency: Any = None
-    recursion_limit: Any = None
-    runName: Any = None  # noqa: N815
-    runId: Any = None  # noqa: N815
-    maxConcurrency: Any = None  # noqa: N815
-    recursionLimit: Any = None  # noqa: N815
-    timeout: Any = None
+    tags: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    run_name: Annotated[str | None, Field(alias="runName")] = None
+    run_id: Annotated[UUID | None, Field(alias="runId")] = None
+    max_concurrency: Annotated[int | None, Field(alias="maxConcurrency", ge=1)] = None
+    recursion_limit: Annotated[int | None, Field(alias="recursionLimit", ge=1)] = None
+    timeout: float | None = None
     store: Any = None
 
 
@@ -83,10 +81,9 @@ class BatchBody(Body):
 Names = list[str] | None
 
 
-class StreamLogBody(InvokeBody):
-    """The body of /stream_log and /stream_events."""
+class StreamEventsBody(InvokeBody):
+    """The body of /stream_events."""
 
-    diff: bool = True
     include_names: Names = None
     include_types: Names = None
     include_tags: Names = None
@@ -95,12 +92,18 @@ class StreamLogBody(InvokeBody):
     exclude_tags: Names = None
 
 
+class StreamLogBody(StreamEventsBody):
+    """The body of /stream_log. It is always differences that are sent."""
+
+    diff: Literal[True] = True
+
+
 BODIES: Mapping[str, type[InvokeBody | BatchBody]] = {
     "invoke": InvokeBody,
     "batch": BatchBody,
     "stream": InvokeBody,
     "stream_log": StreamLogBody,
-    "stream_events": StreamLogBody,
+    "stream_events": StreamEventsBody,
 }
 
 
@@ -214,4 +217,4 @@ def shared_options(config_hash: str | None) -> dict[str, Any]:
 
 def own_options(configurable: Mapping[str, Any]) -> dict[str, Any]:
     """The options among them; null is as good as not given."""
-    return {key: value for key, value in configurable.items() if value is not None and not key.startswith(FOREIGN_KEYS)}
+    return {key: value for key, value in configurable.items() if value is not None and not FOREIGN_KEYS.fullmatch(key)}

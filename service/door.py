@@ -4,11 +4,13 @@ It reads the body once, validates every input and option, holds the prompts agai
 whose behalf the work is done. So every refusal comes before the first byte, with a status code, on every endpoint.
 """
 
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
+import anyio
 import anyio.to_thread
 from fastapi import Request
 from langchain_core.exceptions import ContextOverflowError
@@ -36,6 +38,7 @@ class Check(Protocol):
 def open_door(chain: Chain, check: Check, settings: Settings) -> Callable[[Request], AsyncIterator[None]]:
     """Make the dependency for a chain's routes."""
     options_type = _options_type(chain)
+    tokenizing = anyio.CapacityLimiter(os.cpu_count() or 1)  # leaves the other threads to others
 
     async def door(request: Request) -> AsyncIterator[None]:
         shared = shared_options(request.path_params.get("config_hash"))
@@ -50,17 +53,22 @@ def open_door(chain: Chain, check: Check, settings: Settings) -> Callable[[Reque
             return
         validate("config_hash.configurable", options_type, shared)
         endpoint = request.url.path.rsplit("/", 1)[-1]
-        raw = await read_json(request, settings.max_body)
+        deadline = time.monotonic() + settings.timeout_s
+        try:
+            with anyio.fail_after(settings.timeout_s):
+                raw = await read_json(request, settings.max_body)
+        except TimeoutError as error:
+            raise Refusal(408, "timeout", f"the body did not come within {settings.timeout_s:g} s") from error
         body = validate("", BODIES[endpoint], raw)
         wanted = calls(body, shared, max_batch=settings.max_batch)
         for call in wanted:
             validate(call.options_at, options_type, call.options)
         for call in wanted:
-            await anyio.to_thread.run_sync(_admit, chain, check, call)
+            await anyio.to_thread.run_sync(_admit, chain, check, call, limiter=tokenizing)
         # What LangServe will read: with the options of a share link merged in (it would lose them), without the rest.
         configs = [{"configurable": call.options} for call in wanted]
         request._json = {**raw, "config": configs if isinstance(body, BatchBody) else configs[0], "kwargs": {}}
-        caller = Caller(id=request.state.request_id, deadline=time.monotonic() + settings.timeout_s)
+        caller = Caller(id=request.state.request_id, deadline=deadline)
         current_caller.set(caller)  # this request's task and its children see it
         try:
             yield

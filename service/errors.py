@@ -108,7 +108,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
 
 
 class ErrorBoundary:
-    """Around the whole application: gives each request an id, and turns whatever escapes into DESIGN's one shape.
+    """Around the whole application: gives each request an id, and turns whatever escapes into the one shape above.
 
     In a stream the status is out already. LangServe then sends an error event without content and lets the exception
     go on; that event is held back here, and one that says what happened is sent instead. The connection is broken off

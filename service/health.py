@@ -13,13 +13,13 @@ def health_router(engine: Engine) -> APIRouter:
     router = APIRouter(tags=["health"])
 
     @router.get("/health")
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:
         """200 while the service lives, loading included; 503 when the engine is dead."""
         now = engine.health()
         return JSONResponse(_report(now), 503 if now.state is EngineState.DEAD else 200)
 
     @router.get("/ready")
-    def ready() -> JSONResponse:
+    async def ready() -> JSONResponse:
         """200 when work can be sent here, else 503."""
         now = engine.health()
         return JSONResponse(_report(now), 200 if now.state in (EngineState.READY, EngineState.DEGRADED) else 503)

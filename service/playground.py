@@ -32,7 +32,7 @@ class ExplainFailures:
                 start = message
                 return
             # LangServe sends the page in one piece.
-            page = message["body"].replace(b"</body>", self._script + b"</body>")
+            page = message.get("body", b"").replace(b"</body>", self._script + b"</body>")
             if start:
                 MutableHeaders(scope=start)["Content-Length"] = str(len(page))
                 await send(start)

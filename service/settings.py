@@ -1,9 +1,12 @@
 """What a user can set: by flag, by `SERVE_*` in the environment, or in `.env`; first found."""
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
+from dotenv import dotenv_values
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
@@ -51,6 +54,9 @@ class Settings(BaseSettings):
     drain_timeout_s: Annotated[
         int, Field(ge=0, description="Seconds that running requests have to finish when the service is told to stop.")
     ] = 30
+    cache: Annotated[
+        Path | None, Field(description="Where converted GGUF models are kept; ~/.cache/llama3-langserve if not set.")
+    ] = None
     langsmith: Annotated[
         bool, Field(description="Let LangSmith trace, by its own environment variables. Sends texts to its server.")
     ] = False
@@ -68,6 +74,10 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         cli_avoid_json=True,
         cli_implicit_flags=True,
     )
+    known = {f"SERVE_{name.upper()}" for name in Settings.model_fields}
+    for name in {*os.environ, *dotenv_values(".env")}:
+        if name.upper().startswith("SERVE_") and name.upper() not in known:
+            print(f"serve.py: there is no setting {name}: it is ignored", file=sys.stderr)
     try:
         return Settings(_cli_settings_source=flags)
     except ValidationError as error:

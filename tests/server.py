@@ -19,7 +19,7 @@ START_TIMEOUT_S = 120
 
 
 class Server:
-    """Runs `serve.py`, or a script that serves something like it, on a free port of the loopback interface.
+    """Runs `serve.py`, or a script or command that serves something like it, on a free port of the loopback interface.
 
     Use it as a context manager: inside it, `awaited` answers with 200. What it logs goes to `log`.
     """
@@ -29,6 +29,7 @@ class Server:
         log: Path,
         *,
         script: str | Path = "serve.py",
+        command: Sequence[str] = (),
         arguments: Sequence[str] = (),
         directory: Path = ROOT,
         awaited: str = "/ready",
@@ -38,7 +39,7 @@ class Server:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.arguments = arguments
-        self._script = ROOT / script
+        self._command = [*command] or [sys.executable, str(ROOT / script)]
         self._directory = directory
         self._awaited = awaited
         self._settings = {f"SERVE_{name.upper()}": value for name, value in settings.items()}
@@ -48,7 +49,7 @@ class Server:
         environment = {**os.environ, "SERVE_PORT": str(self.port), **self._settings, "PYTHONPATH": str(ROOT)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, self._script, *self.arguments],
+                [*self._command, *self.arguments],
                 cwd=self._directory,
                 env=environment,
                 stdout=log,

@@ -1,6 +1,7 @@
 """What the README says is run: its code, its commands, its table of settings."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,22 @@ def test_the_curl_lines_run(server: Server, command: str) -> None:
 
     assert run.returncode == 0, run.stdout
     assert "error" not in run.stdout
+
+
+@pytest.mark.parametrize("code", blocks("js"))
+def test_the_javascript_code_runs(server: Server, code: str) -> None:
+    directory = ROOT / "tests/wire/javascript"
+    node = shutil.which("node")
+    if node is None or not (directory / "node_modules").exists():
+        pytest.skip("Node.js or LangChain.js is not installed")
+    code = code.replace("http://127.0.0.1:8000", server.url)
+
+    run = subprocess.run(
+        [node, "--input-type=module", "-"], input=code, cwd=directory, capture_output=True, text=True, timeout=100
+    )
+
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout
 
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:

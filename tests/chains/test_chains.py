@@ -135,17 +135,19 @@ def said(messages: list[BaseMessage]) -> list[tuple[str, str]]:
 
 
 def test_the_chat_prompt_is_the_conversation_and_nothing_else() -> None:
-    assert chat.messages(INPUTS["chat"]) == INPUTS["chat"]["messages"]
+    assert chat.prompt.invoke(INPUTS["chat"]).to_messages() == INPUTS["chat"]["messages"]
 
 
 def test_the_translation_prompt_names_the_languages_and_gives_the_text_alone() -> None:
-    (kind, order), human = said(translate.messages({"text": " {x} \n", "target_language": "中文"}))
+    (kind, order), human = said(translate.prompt.invoke({"text": " {x} \n", "target_language": "中文"}).to_messages())
     assert kind == "system"
     assert "中文" in order
     assert " from " not in order
     assert human == ("human", " {x} \n")
     (_, order), _ = said(
-        translate.messages({"text": "Hi!", "target_language": "German", "source_language": "Old Norse"})
+        translate.prompt.invoke(
+            {"text": "Hi!", "target_language": "German", "source_language": "Old Norse"}
+        ).to_messages()
     )
     assert "from Old Norse into German" in order
 
@@ -162,7 +164,7 @@ def test_the_translation_prompt_names_the_languages_and_gives_the_text_alone() -
     ],
 )
 def test_the_summary_prompt_says_what_was_wished(wishes: dict[str, Any], expected: list[str]) -> None:
-    (kind, order), (_, human) = said(summarize.messages({"text": "It {rained}.", **wishes}))
+    (kind, order), (_, human) = said(summarize.prompt.invoke({"text": "It {rained}.", **wishes}).to_messages())
     assert kind == "system"
     for words in expected:
         assert words in order

@@ -16,7 +16,7 @@ EDGES: dict[str, list[Any]] = {
     "top_k": [-1, 0, 1, 10**6, 1.5, 1.0, "1", True],
     "min_p": [-0.001, 0, 1, 1.001, float("nan"), "1"],
     "max_tokens": [-1, 0, 1, 10**9, 1.5, "1", True],
-    "repetition_penalty": [0, 0.001, 1, 2, 2.001, float("nan"), float("inf"), "1"],
+    "repetition_penalty": [0, 0.009, 0.01, 1, 2, 2.001, float("nan"), float("inf"), "1"],
     "seed": [-1, 0, 2**63 - 1, 2**63, 1.5, "1", True],
     "stop": [[], ["a"], ["a"] * 8, ["a"] * 9, [""], ["a", ""], "a", [1], [None], {"a": 1}],
 }

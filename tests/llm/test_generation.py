@@ -1,9 +1,10 @@
 import asyncio
 import threading
+import time
 
 import pytest
 
-from llm.errors import GenerationFailed
+from llm.errors import DeadlineExceeded, GenerationFailed
 from llm.generation import Chunk, FinishReason, Generation, Usage
 
 
@@ -104,3 +105,25 @@ def test_timings_are_taken_in_order() -> None:
     assert timings.first_token is not None
     assert timings.ended is not None
     assert timings.queued <= timings.first_token <= timings.ended
+
+
+def past(seconds: float = 0.05) -> float:
+    return time.monotonic() + seconds
+
+
+def test_a_reader_does_not_hang_when_the_engine_does() -> None:
+    told: list[Generation] = []
+    generation = Generation(told.append, deadline=past())
+
+    with pytest.raises(DeadlineExceeded, match="not finished in time"):
+        next(generation)
+    assert told == [generation]
+
+
+async def test_an_async_reader_does_not_hang_when_the_engine_does() -> None:
+    generation = Generation(on_cancel=lambda generation: None, deadline=past())
+    generation.deliver(Chunk("a", (1,)))
+
+    assert (await anext(generation)).text == "a"
+    with pytest.raises(DeadlineExceeded):
+        await anext(generation)

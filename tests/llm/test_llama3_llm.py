@@ -75,11 +75,6 @@ def test_history_is_passed_in_and_never_kept(llm: LLaMA3_LLM, engine: ScriptedEn
     assert "Ada" not in second
 
 
-def test_history_that_is_none_is_refused(llm: LLaMA3_LLM) -> None:
-    with pytest.raises(InvalidMessage, match="history"):
-        llm.invoke("Hi", history=[{"nonsense": 1}])
-
-
 # Options.
 
 
@@ -123,6 +118,22 @@ def test_bad_defaults_are_refused_when_it_is_built(engine: ScriptedEngine) -> No
         LLaMA3_LLM("embedded", mode_name_or_path="embedded")
     with pytest.raises(TypeError, match="already"):
         LLaMA3_LLM("embedded", engine=engine)
+
+
+def test_a_bad_default_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(InvalidOption, match="temperature"):
+        LLaMA3_LLM("/nowhere", temperature=5)
+
+
+def test_a_device_that_is_none_is_refused_by_name() -> None:
+    with pytest.raises(InvalidOption, match="device must be auto, cpu, cuda or cuda:N"):
+        LLaMA3_LLM("embedded", device="tpu")
+
+
+@pytest.mark.parametrize("history", ["abc", 5, [{"nonsense": 1}]])
+def test_history_that_is_no_list_of_messages_is_refused(llm: LLaMA3_LLM, history: Any) -> None:
+    with pytest.raises(InvalidMessage, match="history"):
+        llm.invoke("Hi", history=history)
 
 
 def test_a_reference_that_is_none_says_what_to_write() -> None:

@@ -108,3 +108,19 @@ def test_logprobs_are_those_of_the_model_before_any_option() -> None:
     assert token.logprob is not None
     assert token.logprob.logprob == pytest.approx(float(expected[token.id]))
     assert [token_id for token_id, _ in token.logprob.top] == expected.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=1e-40), Sampling(temperature=1e-7), Sampling(temperature=2, repetition_penalty=0.01)],
+    ids=str,
+)
+def test_options_at_the_edge_of_what_floats_hold_still_choose(sampling: Sampling) -> None:
+    """Divided by almost nothing, logits overflowed, and the request failed with an internal error."""
+    chooser = Chooser(sampling, [1, 2], vocab_size=VOCABULARY, device=CPU)
+    logits = some_logits(0) * 10
+
+    token = chooser.choose(logits)
+
+    if sampling.temperature < 1:
+        assert token.id == int(logits.argmax())

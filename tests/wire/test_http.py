@@ -243,7 +243,7 @@ def test_while_the_model_loads_requests_are_refused_with_503(tmp_path: Path) -> 
         assert server.stop(timeout_s=5) == 0
 
 
-def test_when_the_model_cannot_be_had_health_says_why(tmp_path: Path) -> None:
+def test_when_the_engine_dies_health_says_why(tmp_path: Path) -> None:
     script = tmp_path / "serve_nothing.py"
     script.write_text(
         "from llm import ScriptedEngine\n"

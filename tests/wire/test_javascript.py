@@ -15,13 +15,10 @@ DIRECTORY = Path(__file__).parent / "javascript"
 
 @pytest.fixture(scope="module")
 def node() -> str:
-    """Node, with LangChain.js beside the script: installed on first use."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("Node.js is not installed")
-    lock, installed = DIRECTORY / "package-lock.json", DIRECTORY / "node_modules" / ".package-lock.json"
-    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
-        subprocess.run([npm, "ci", "--no-audit", "--no-fund"], cwd=DIRECTORY, check=True, timeout=100)
+    """Node, with LangChain.js beside the script: `make test` installs it where there is npm."""
+    node = shutil.which("node")
+    if node is None or not (DIRECTORY / "node_modules").exists():
+        pytest.skip("Node.js or LangChain.js is not installed")
     return node
 
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -127,3 +128,32 @@ def test_the_log_of_a_normal_run_tells_what_happened_and_no_more(tmp_path: Path)
     assert lines
     assert [line for line in lines if " INFO " not in line] == [], "no banner, no warning, no traceback"
     assert any(f"http://127.0.0.1:{server.port}" in line for line in lines)
+
+
+def test_a_setting_that_the_model_does_not_allow_is_said_and_ends_the_process() -> None:
+    result = serve("--port", "0", "--max-context", "9999999")
+
+    assert result.returncode == 1
+    assert "max_context must be between 1 and 8192" in result.stderr
+
+
+def test_a_setting_that_does_not_exist_is_told(tmp_path: Path) -> None:
+    result = serve("--model", "./nothing", "--port", "0", directory=tmp_path, SERVE_MAX_CONTXT="1")
+
+    assert "there is no setting SERVE_MAX_CONTXT: it is ignored" in result.stderr
+
+
+@pytest.mark.parametrize("delay_s", [1.5, 2.5, 3.5])
+def test_sigterm_while_the_model_loads_is_a_clean_exit(tmp_path: Path, delay_s: float) -> None:
+    """The engine's thread was inside torch when the interpreter went away, and the process ended with SIGABRT."""
+    with Server(tmp_path / "log", awaited="/health") as server:
+        time.sleep(delay_s)
+        assert server.stop(timeout_s=10) == 0
+
+
+def test_make_serve_serves_on_the_port_that_it_is_told(tmp_path: Path) -> None:
+    if not (ROOT / ".venv/installed").exists():
+        pytest.skip("this environment was not set up by make")
+    with Server(tmp_path / "log", command=["make", "serve"]) as server:
+        answer = httpx.post(f"{server.url}/translate/invoke", json={"input": HELLO}, timeout=60)
+        assert answer.status_code == 200
