@@ -93,9 +93,10 @@ class StreamEventsBody(InvokeBody):
 
 
 class StreamLogBody(StreamEventsBody):
-    """The body of /stream_log. It is always differences that are sent."""
+    """The body of /stream_log."""
 
-    diff: Literal[True] = True
+    diff: bool = True
+    """Whatever it says, differences are sent: LangChain.js says false, and reads differences."""
 
 
 BODIES: Mapping[str, type[InvokeBody | BatchBody]] = {

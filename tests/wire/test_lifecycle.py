@@ -154,6 +154,6 @@ def test_sigterm_while_the_model_loads_is_a_clean_exit(tmp_path: Path, delay_s: 
 def test_make_serve_serves_on_the_port_that_it_is_told(tmp_path: Path) -> None:
     if not (ROOT / ".venv/installed").exists():
         pytest.skip("this environment was not set up by make")
-    with Server(tmp_path / "log", command=["make", "serve"]) as server:
+    with Server(tmp_path / "log", command=["make", "serve", "ARGS="]) as server:
         answer = httpx.post(f"{server.url}/translate/invoke", json={"input": HELLO}, timeout=60)
         assert answer.status_code == 200
