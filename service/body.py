@@ -81,8 +81,11 @@ class BatchBody(Body):
 Names = list[str] | None
 
 
-class StreamEventsBody(InvokeBody):
-    """The body of /stream_events."""
+class StreamLogBody(InvokeBody):
+    """The body of /stream_log and /stream_events."""
+
+    diff: bool = True
+    """Whatever it says, /stream_log sends differences: LangChain.js says false on both, and reads differences."""
 
     include_names: Names = None
     include_types: Names = None
@@ -92,19 +95,12 @@ class StreamEventsBody(InvokeBody):
     exclude_tags: Names = None
 
 
-class StreamLogBody(StreamEventsBody):
-    """The body of /stream_log."""
-
-    diff: bool = True
-    """Whatever it says, differences are sent: LangChain.js says false, and reads differences."""
-
-
 BODIES: Mapping[str, type[InvokeBody | BatchBody]] = {
     "invoke": InvokeBody,
     "batch": BatchBody,
     "stream": InvokeBody,
     "stream_log": StreamLogBody,
-    "stream_events": StreamEventsBody,
+    "stream_events": StreamLogBody,
 }
 
 

@@ -87,7 +87,7 @@ CASES = [
     option("max_tokens", 1.5, "valid integer, got 1.5"),
     option("max_tokens", "5", "valid integer, got '5'"),
     option("max_tokens", CONTEXT, f"max_tokens asks for {CONTEXT} more; the context holds {CONTEXT}"),
-    option("repetition_penalty", 0, "greater than 0, got 0"),
+    option("repetition_penalty", 0, "greater than or equal to 0.01, got 0"),
     option("repetition_penalty", 2.1, "less than or equal to 2, got 2.1"),
     option("seed", -1, "greater than or equal to 0, got -1"),
     option("seed", 2**63, "got 9223372036854775808"),
