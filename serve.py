@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from llm.errors import LLMError
 from service.app import create_app
 from service.settings import Settings, read_settings
 
+log = logging.getLogger("serve")
+
 
 def main(arguments: Sequence[str]) -> int:
     """Load the model in the background and serve its chains until told to stop; return the exit code."""
@@ -23,6 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     keep_quiet_outside(settings)
     if settings.cache is not None:
         os.environ["SERVE_CACHE"] = str(settings.cache)  # where `llm` looks for it, served or not
+    listener = listen(settings)
     engine = LocalEngine(
         settings.model,
         dtype=settings.dtype,
@@ -30,24 +34,42 @@ def main(arguments: Sequence[str]) -> int:
         max_context=settings.max_context,
         max_queue=settings.max_queue,
     )
-    return run(settings, engine)
+    return run(settings, engine, listener)
 
 
-def run(settings: Settings, engine: Engine) -> int:
+def listen(settings: Settings) -> socket.socket:
+    """Take the port before anything is loaded, or say in one line why not, and exit."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        where = f"port {settings.port} of {settings.host}"
+        sys.exit(f"serve.py: cannot listen on {where}: {os.strerror(error.errno or 0)}; set SERVE_PORT or SERVE_HOST")
+
+
+def run(settings: Settings, engine: Engine, listener: socket.socket | None = None) -> int:
     """Serve the chains over an engine until told to stop, or until its model turns out not to be had."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        exit_code = serve(settings, engine, listener or listen(settings))
+    except Exception:
+        log.exception("The service has failed")
+        exit_code = 1
+    if engine.health().state is EngineState.LOADING:
+        # A download or torch is in the middle of what cannot be interrupted: waiting for it could take minutes.
+        logging.shutdown()
+        os._exit(exit_code)
+    return exit_code
+
+
+def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
+    """What `run` does, when all goes well."""
     model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
     app = create_app(settings, chains=build_chains(model), check=model.check, engine=engine)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            root_path=settings.root_path,
-            log_config=None,
-            timeout_graceful_shutdown=settings.drain_timeout_s,
-        )
+    config = uvicorn.Config(
+        app, root_path=settings.root_path, log_config=None, timeout_graceful_shutdown=settings.drain_timeout_s
     )
+    server = uvicorn.Server(config)
     failures: list[LLMError] = []
 
     def watch() -> None:
@@ -62,15 +84,12 @@ def run(settings: Settings, engine: Engine) -> int:
     # uvicorn raises the signal that it was stopped by once more when all is done: that would not be a clean exit.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    server.run()
+    host, port = listener.getsockname()[:2]
+    log.info("Serving on http://%s:%s", f"[{host}]" if ":" in host else host, port)
+    server.run(sockets=[listener])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    exit_code = 1 if failures else 0
-    if engine.health().state is EngineState.LOADING:
-        # A download or torch is in the middle of what cannot be interrupted: waiting for it could take minutes.
-        logging.shutdown()
-        os._exit(exit_code)
-    return exit_code
+    return 1 if failures else 0
 
 
 def keep_quiet_outside(settings: Settings) -> None:

@@ -22,5 +22,9 @@ __all__ = ["CHAINS", "Chain", "build_chains", "chat", "summarize", "translate"]
 
 
 def build_chains(model: BaseChatModel) -> list[Chain]:
-    """Build every chain of the registry over one model."""
-    return [build(model) for build in CHAINS]
+    """Build every chain of the registry over one model. Raises ValueError for two of one name."""
+    chains = [build(model) for build in CHAINS]
+    names = [chain.name for chain in chains]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two chains are called {', '.join(doubled)}")
+    return chains

@@ -1,5 +1,7 @@
 """What a hosted chain is: a Runnable, and what the service must know of it. Knows no particular chain."""
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -11,6 +13,8 @@ from langchain_core.runnables import Runnable
 from pydantic import BaseModel
 
 from chains.options import with_options
+
+NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +36,23 @@ class Chain:
     example: dict[str, Any]
     """A valid input, to try it with."""
     playground: Literal["default", "chat"] = "default"
+
+    def __post_init__(self) -> None:
+        """Hold the chain against what would otherwise show only when somebody uses it. Raises ValueError."""
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"chain {self.name!r}: its name is its path: small letters, digits, - and _")
+        if self.input_type.model_config.get("extra") != "forbid":
+            raise ValueError(f"chain {self.name}: its input type must forbid extras, or a typo is ignored in silence")
+        if '"null"' in json.dumps(self.input_type.model_json_schema()):
+            raise ValueError(
+                f"chain {self.name}: the playground stays blank where an input may be null: write an optional field as "
+                "T | SkipJsonSchema[None] with json_schema_extra=without_null (see translate.py)"
+            )
+        try:
+            value = self.input_type.model_validate(self.example)
+            self.messages({name: getattr(value, name) for name in self.input_type.model_fields})
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"chain {self.name}: its own example is no input for it: {error}") from error
 
     @classmethod
     def of(

@@ -52,7 +52,7 @@ def _role(message: Mapping[Any, Any]) -> str:
     roles = {ROLES.get(name) if isinstance(name, str) else None for name in names}
     if None in roles or len(roles) != 1:
         shown = ", ".join(map(repr, names)) or "none"
-        raise ValueError(f"the type or role of a message is one of {', '.join(ROLES)}; got {shown}")
+        raise ValueError(f"the role of a message is user (human), assistant (ai), system or tool; got {shown}")
     return str(roles.pop())
 
 

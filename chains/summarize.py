@@ -46,7 +46,7 @@ class SummarizeInput(BaseModel):
         "paragraph"
     )
     max_words: Annotated[
-        Annotated[int, Field(ge=5, le=2000)] | SkipJsonSchema[None],
+        Annotated[int, Field(strict=True, ge=5, le=2000)] | SkipJsonSchema[None],
         Field(description="How long it may be; asked of the model.", json_schema_extra=without_null),
     ] = None
     language: Annotated[

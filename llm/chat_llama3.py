@@ -61,7 +61,7 @@ class ChatLLaMA3(BaseChatModel):
             InvalidOption: A sampling default is out of its bounds.
         """
         if unknown := fields.keys() - type(self).model_fields.keys():
-            raise TypeError(f"ChatLLaMA3 has no {', '.join(sorted(unknown))}")
+            raise TypeError(f"ChatLLaMA3 takes no argument {', '.join(sorted(unknown))}")
         super().__init__(**fields)
         Sampling.of({**self._own_options(), "stop": self.stop or None})  # refuses defaults that no call could use
 

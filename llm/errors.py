@@ -21,6 +21,8 @@ LLMError
     └── GenerationFailed       a step of this request failed; the engine goes on
 """
 
+import reprlib
+
 from langchain_core.exceptions import ContextOverflowError
 
 
@@ -129,5 +131,6 @@ class GenerationFailed(EngineError):
 
 def shown(value: object) -> str:
     """A value as an error message shows it: short."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 80
+    return brief.repr(value)

@@ -72,7 +72,7 @@ class LLaMA3_LLM(LLM):
         if reference is not None and mode_name_or_path is not None:
             raise TypeError("give the model once: positionally or as mode_name_or_path")
         if unknown := fields.keys() - type(self).model_fields.keys():
-            raise TypeError(f"LLaMA3_LLM has no {', '.join(sorted(unknown))}")
+            raise TypeError(f"LLaMA3_LLM takes no argument {', '.join(sorted(unknown))}")
         reference = reference or mode_name_or_path
         Sampling.of({name: fields.get(name) for name in OPTIONS})  # refuses defaults that no call could use
         if engine is None:

@@ -14,12 +14,18 @@ from fastapi import Request
 from langserve.lzstring import LZString
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
+from starlette.requests import ClientDisconnect
 
 from llm.errors import shown
 from service.errors import Refusal, location
 
 MAX_DEPTH = 100
 """Nesting of a body: below what Python's own recursion limit lets later readers take."""
+
+MAX_VALUES = 200_000
+MAX_KEYS = 1_000
+MAX_CALLS = 10_000
+"""What is more than these would hold everybody up while it is validated."""
 
 FOREIGN_KEYS = re.compile(r"thread_id|(checkpoint_|langgraph_|__).*", re.DOTALL)
 """Keys that LangChain and LangGraph add to `configurable` unasked: dropped."""
@@ -29,6 +35,9 @@ MAX_HASH = 4096
 
 Model = TypeVar("Model", bound=BaseModel)
 
+OneEach: Any = Field(fail_fast=True, max_length=MAX_CALLS)
+Strings = Annotated[list[str], Field(fail_fast=True)]
+
 
 class Config(BaseModel):
     """A RunnableConfig as clients send it. All but `configurable` is for the client's own side; names are those of
@@ -37,7 +46,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True)
 
     configurable: dict[str, Any] = Field(default_factory=dict)
-    tags: list[str] | None = None
+    tags: Strings | None = None
     metadata: dict[str, Any] | None = None
     run_name: Annotated[str | None, Field(alias="runName")] = None
     run_id: Annotated[UUID | None, Field(alias="runId")] = None
@@ -61,7 +70,9 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     # LangChain.js sends one per input on /batch.
-    kwargs: Arguments | Annotated[list[Arguments], Field(fail_fast=True)] = Field(default_factory=Arguments)
+    kwargs: Arguments | Annotated[list[Arguments], Field(fail_fast=True, max_length=MAX_CALLS)] = Field(
+        default_factory=Arguments
+    )
 
 
 class InvokeBody(Body):
@@ -75,10 +86,12 @@ class BatchBody(Body):
     """The body of /batch."""
 
     inputs: Annotated[list[Any], Field(min_length=1)]
-    config: Config | Annotated[list[Config], Field(fail_fast=True)] = Field(default_factory=Config)
+    config: Config | Annotated[list[Config], Field(fail_fast=True, max_length=MAX_CALLS)] = Field(
+        default_factory=Config
+    )
 
 
-Names = list[str] | None
+Names = Strings | None
 
 
 class StreamLogBody(InvokeBody):
@@ -140,11 +153,14 @@ def calls(body: InvokeBody | BatchBody, shared: Mapping[str, Any], *, max_batch:
 async def read_json(request: Request, max_body: int) -> Any:
     """Read a body of at most so many bytes."""
     pieces, size = [], 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > max_body:
-            raise Refusal(413, "body_too_large", f"a body may have {max_body} bytes at most", field="body")
-        pieces.append(piece)
+    try:
+        async for piece in request.stream():
+            size += len(piece)
+            if size > max_body:
+                raise Refusal(413, "body_too_large", f"a body may have {max_body} bytes at most", field="body")
+            pieces.append(piece)
+    except ClientDisconnect as error:
+        raise Refusal(400, "incomplete", "the client went away before its body had come") from error
     return _parse(b"".join(pieces))
 
 
@@ -153,23 +169,26 @@ def _parse(content: bytes) -> Any:
         value = orjson.loads(content)  # strict: no NaN, no infinity, no lone surrogate, no invalid UTF-8
     except orjson.JSONDecodeError as error:
         raise Refusal(400, "invalid_json", f"the body is not valid JSON: {error}", field="body") from error
-    if _is_deeper_than(MAX_DEPTH, value):
-        raise Refusal(400, "invalid_json", f"the body may be nested {MAX_DEPTH} deep at most", field="body")
+    _check_size(value)
     return value
 
 
-def _is_deeper_than(depth: int, value: Any) -> bool:
-    level = [value]
-    for _ in range(depth):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, dict | list)
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-        if not level:
-            return False
-    return True
+def _check_size(value: Any) -> None:
+    """Refuse what would take long to validate, or too deep for Python to walk."""
+    level, num_values = [value], 0
+    for _ in range(MAX_DEPTH):
+        children: list[Any] = []
+        for parent in level:
+            if isinstance(parent, dict | list):
+                num_values += len(parent)
+                if num_values > MAX_VALUES or (isinstance(parent, dict) and len(parent) > MAX_KEYS):
+                    message = f"a body may hold {MAX_VALUES} values, and an object {MAX_KEYS} keys, at most"
+                    raise Refusal(400, "invalid_json", message, field="body")
+                children.extend(parent.values() if isinstance(parent, dict) else parent)
+        if not children:
+            return
+        level = children
+    raise Refusal(400, "invalid_json", f"the body may be nested {MAX_DEPTH} deep at most", field="body")
 
 
 def validate(at: str, kind: type[Model], value: Any) -> Model:
@@ -180,6 +199,10 @@ def validate(at: str, kind: type[Model], value: Any) -> Model:
         problem = error.errors(include_url=False, include_context=False)[0]
         field = location([part for part in (at, *_path(problem, value)) if part != ""]) or "body"
         said = "Input should be an object" if problem["type"] == "model_type" else problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            said = "there is no such key"
+            if len(problem["loc"]) == 1:
+                said += f"; there are {', '.join(kind.model_fields)}"
         message = f"{field}: {said.removeprefix('Value error, ')}"
         if problem["type"] not in ("missing", "value_error"):
             message += f", got {shown(problem['input'])}"
@@ -206,7 +229,7 @@ def shared_options(config_hash: str | None) -> dict[str, Any]:
         raise Refusal(400, "invalid_config_hash", message, field="config_hash")
     try:
         decompressed = LZString.decompressFromEncodedURIComponent(config_hash)  # type: ignore[no-untyped-call]
-        config = orjson.loads(decompressed or "")
+        config = _parse((decompressed or "").encode())
     except Exception as error:  # the decompressor fails in many ways
         raise Refusal(400, "invalid_config_hash", "the config hash is not valid", field="config_hash") from error
     return own_options(validate("config_hash", Config, config).configurable)

@@ -46,12 +46,17 @@ class Problem:
 
     def body(self, request_id: str) -> dict[str, Any]:
         """The JSON of it."""
-        error = {"type": self.kind, "message": self.message, "field": self.field, "request_id": request_id}
+        message = self.message if len(self.message) <= MAX_MESSAGE else f"{self.message[:MAX_MESSAGE]}…"
+        error = {"type": self.kind, "message": message, "field": self.field, "request_id": request_id}
         return {"error": {key: value for key, value in error.items() if value is not None}}
 
 
 BREAK_OFF_DELAY_S = 0.1
 """A browser that sees a connection break throws away what it has received and not yet read, the error event too."""
+
+MAX_MESSAGE = 1_000
+MAX_NAME = 100
+"""Characters: what a caller sent is not sent back to it at full length."""
 
 SOON = {"Retry-After": "5"}
 
@@ -98,7 +103,7 @@ def _describe_validation(error: RequestValidationError) -> Problem:
 
 def location(parts: Sequence[str | int]) -> str:
     """Where in a request something is, as people write it: `input.messages[2].content`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:MAX_NAME]}" for part in parts).lstrip(".")
 
 
 async def answer_error(request: Request, error: Exception) -> Response:

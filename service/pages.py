@@ -9,7 +9,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 
 from chains import Chain
-from llm.engine import Engine
+from llm.engine import Engine, EngineState
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -17,7 +17,7 @@ PAGE = Template("""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Chains on a local Llama 3</title>
-<link rel="icon" href="$root/favicon.ico">
+$refresh<link rel="icon" href="$root/favicon.ico">
 <style>
 :root { color-scheme: light dark; font-family: system-ui, sans-serif; line-height: 1.5; }
 body { max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }
@@ -64,6 +64,7 @@ def add_index(app: FastAPI, chains: Sequence[Chain], engine: Engine) -> None:
         root = request.scope.get("root_path", "").rstrip("/")
         health = engine.health()
         return PAGE.substitute(
+            refresh='<meta http-equiv="refresh" content="2">\n' if health.state is EngineState.LOADING else "",
             model=escape(health.model),
             state=escape(f"{health.state}, {health.error}" if health.error else health.state),
             root=escape(root),

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from langchain_core.language_models import FakeListChatModel, GenericFakeChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
-from pydantic import ValidationError
+from langchain_core.prompts import ChatPromptTemplate
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from chains import CHAINS, Chain, build_chains, chat, summarize, translate
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
@@ -200,3 +201,43 @@ async def test_many_at_once_are_answered_in_order(model: ChatLLaMA3) -> None:
     chain = translate.build(model).runnable
     inputs = [{"text": f"text {index}", "target_language": "German"} for index in range(20)]
     assert await chain.abatch(inputs) == [f"TEXT {index}" for index in range(20)]
+
+
+class Poem(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    topic: str
+
+
+class LaxPoem(BaseModel):
+    topic: str
+
+
+class MoodyPoem(Poem):
+    mood: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"name": "My poem"}, "its name is its path"),
+        ({"example": {"topc": "rain"}}, "its own example is no input"),
+        ({"input_type": LaxPoem}, "must forbid extras"),
+        ({"input_type": MoodyPoem}, "stays blank where an input may be null"),
+        (
+            {"prompt": ChatPromptTemplate([("human", "A poem on {topic} in {lines} lines")])},
+            "its own example is no input",
+        ),
+    ],
+)
+def test_a_chain_that_would_fail_its_users_is_refused_when_it_is_built(wrong: dict[str, Any], said: str) -> None:
+    right = {
+        "prompt": ChatPromptTemplate([("human", "A poem on {topic}")]),
+        "name": "poem",
+        "description": "Write a poem.",
+        "input_type": Poem,
+        "example": {"topic": "rain"},
+    }
+    fields = {**right, **wrong}
+    with pytest.raises(ValueError, match=said):
+        Chain.of(fields.pop("prompt"), FakeListChatModel(responses=["Rain!"]), output_type=str, **fields)

@@ -11,7 +11,7 @@ from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 import chains
 from chains import Chain
@@ -26,6 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing the 'model_fields' att
 
 
 class Joke(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     """What to joke about."""
 
     topic: Annotated[str, Field(min_length=1)]

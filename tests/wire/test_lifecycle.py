@@ -73,7 +73,12 @@ def test_an_unknown_flag_is_refused() -> None:
 
 def test_a_port_that_is_taken_is_said_and_ends_the_process(scripted_server: Server, tmp_path: Path) -> None:
     taken = Server(tmp_path / "log", script="tests/scripted_server.py", port=str(scripted_server.port))
-    with pytest.raises(RuntimeError, match="address already in use"), taken:
+    with (
+        pytest.raises(
+            RuntimeError, match=r"cannot listen on port \d+ of 127.0.0.1: Address already in use; set SERVE_PORT"
+        ),
+        taken,
+    ):
         pass
     assert taken.process.returncode != 0
 
