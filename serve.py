@@ -43,8 +43,9 @@ def listen(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
+        reason = (error.strerror or "").partition(" (while")[0]  # `create_server` repeats the address there
         where = f"port {settings.port} of {settings.host}"
-        sys.exit(f"serve.py: cannot listen on {where}: {os.strerror(error.errno or 0)}; set SERVE_PORT or SERVE_HOST")
+        sys.exit(f"serve.py: cannot listen on {where}: {reason}; set SERVE_PORT or SERVE_HOST")
 
 
 def run(settings: Settings, engine: Engine, listener: socket.socket | None = None) -> int:

@@ -9,7 +9,7 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models.llms import LLM
 from langchain_core.messages import BaseMessage, HumanMessage, MessageLikeRepresentation, convert_to_messages
 from langchain_core.outputs import GenerationChunk, LLMResult
-from pydantic import Field, SkipValidation
+from pydantic import Field, SkipValidation, ValidationError
 
 from llm.answering import astream, build_request, generation_info, stream, submit
 from llm.engine import Engine, Request
@@ -75,15 +75,21 @@ class LLaMA3_LLM(LLM):
             raise TypeError(f"LLaMA3_LLM takes no argument {', '.join(sorted(unknown))}")
         reference = reference or mode_name_or_path
         Sampling.of({name: fields.get(name) for name in OPTIONS})  # refuses defaults that no call could use
+        loaded: Engine | None = None
         if engine is None:
             from llm.local_engine import LocalEngine
 
-            engine = LocalEngine(reference or "embedded", dtype=dtype, device=device)
-            engine.wait_until_ready()
+            engine = loaded = LocalEngine(reference or "embedded", dtype=dtype, device=device)
+            loaded.wait_until_ready()
         elif reference is not None or dtype != "auto" or device != "auto":
             raise TypeError("an engine has its model, dtype and device already")
         fields.setdefault("model_name", engine.health().model)
-        super().__init__(engine=engine, **fields)
+        try:
+            super().__init__(engine=engine, **fields)
+        except ValidationError:  # of a field: nobody would ever close what was loaded for it
+            if loaded is not None:
+                loaded.close()
+            raise
 
     def __call__(self, prompt: str, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Answer a prompt, as the tutorials call it."""

@@ -8,6 +8,7 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.prompts import PromptTemplate
+from pydantic import ValidationError
 
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
 from llm.caller import Caller, current_caller
@@ -123,6 +124,16 @@ def test_bad_defaults_are_refused_when_it_is_built(engine: ScriptedEngine) -> No
 def test_a_bad_default_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(InvalidOption, match="temperature"):
         LLaMA3_LLM("/nowhere", temperature=5)
+
+
+def test_what_was_loaded_for_a_field_of_the_wrong_type_is_closed_again(tiny_llama3: Path) -> None:
+    def engines() -> int:
+        return sum(thread.name == f"engine {tiny_llama3}" for thread in threading.enumerate())
+
+    before = engines()
+    with pytest.raises(ValidationError):
+        LLaMA3_LLM(str(tiny_llama3), timeout="soon")
+    assert engines() == before
 
 
 def test_a_device_that_is_none_is_refused_by_name() -> None:

@@ -83,6 +83,15 @@ def test_a_port_that_is_taken_is_said_and_ends_the_process(scripted_server: Serv
     assert taken.process.returncode != 0
 
 
+def test_a_host_that_does_not_exist_is_said_in_one_line() -> None:
+    result = serve("--host", "no.such.host.invalid", "--port", "0")
+
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("serve.py: cannot listen on port 0 of no.such.host.invalid: ")
+    assert "Unknown error" not in line
+
+
 def test_a_model_that_cannot_be_had_is_said_and_ends_the_process(tmp_path: Path) -> None:
     result = serve("--model", str(tmp_path / "nothing"), "--port", "0", directory=tmp_path)
     assert result.returncode == 1
