@@ -57,6 +57,11 @@ class TestUnit(LLaMA3Properties, ChatModelUnitTests):
 
 
 class TestIntegration(LLaMA3Properties, ChatModelIntegrationTests):
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        """Short answers, the same each time: drawn at random, one once rambled on to the end of the context."""
+        return {"temperature": 0, "max_tokens": 100}
+
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def embedded_model(cls) -> Iterator[None]:
