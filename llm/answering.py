@@ -41,6 +41,26 @@ def submit(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
     return generations
 
 
+def complete(engine: Engine, requests: Sequence[Request]) -> list[Chunk]:
+    """The whole answers; if one fails, or nobody waits any more, the others are cancelled."""
+    generations = submit(engine, requests)
+    try:
+        return [sum(generation, Chunk()) for generation in generations]
+    finally:
+        for generation in generations:
+            generation.cancel()
+
+
+async def acomplete(engine: Engine, requests: Sequence[Request]) -> list[Chunk]:
+    """`complete`, awaited."""
+    generations = submit(engine, requests)
+    try:
+        return [sum([chunk async for chunk in generation], Chunk()) for generation in generations]
+    finally:
+        for generation in generations:
+            generation.cancel()
+
+
 def stream(engine: Engine, request: Request) -> Generator[Chunk]:
     """The answer's chunks that say something; closing this cancels the generation."""
     (generation,) = submit(engine, [request])

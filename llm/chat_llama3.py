@@ -12,14 +12,14 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import SecretStr
 
-from llm.answering import astream, build_request, generation_info, stream, submit
+from llm.answering import acomplete, astream, build_request, complete, generation_info, stream
 from llm.checkpoint import Checkpoint
 from llm.engine import Request, check_limits
 from llm.errors import EngineError, QueueFull
 from llm.generation import Chunk, Usage
 from llm.llama3_llm import LLaMA3_LLM
 from llm.prompt import count, encode
-from llm.sampling import OPTIONS, Sampling
+from llm.sampling import Sampling, options_of
 
 
 class ChatLLaMA3(BaseChatModel):
@@ -63,7 +63,7 @@ class ChatLLaMA3(BaseChatModel):
         if unknown := fields.keys() - type(self).model_fields.keys():
             raise TypeError(f"ChatLLaMA3 takes no argument {', '.join(sorted(unknown))}")
         super().__init__(**fields)
-        Sampling.of({**self._own_options(), "stop": self.stop or None})  # refuses defaults that no call could use
+        Sampling.of({**options_of(self), "stop": self.stop or None})  # refuses defaults that no call could use
 
     @property
     def model_name(self) -> str:
@@ -76,7 +76,7 @@ class ChatLLaMA3(BaseChatModel):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        return {"model_name": self.model_name, **self.llm.options(), **self._own_options()}
+        return {"model_name": self.model_name, **options_of(self.llm), **options_of(self)}
 
     def _resolve_model_profile(self) -> ModelProfile | None:
         try:
@@ -120,7 +120,7 @@ class ChatLLaMA3(BaseChatModel):
         check_limits(request, self._loaded())
         health = self.llm.engine.health()
         if health.is_full:
-            raise QueueFull(f"{health.waiting} requests wait already, which is the limit")
+            raise QueueFull(health.waiting)
         return len(request.prompt)
 
     def _loaded(self) -> Checkpoint:
@@ -129,16 +129,13 @@ class ChatLLaMA3(BaseChatModel):
             self.profile = self._resolve_model_profile()
         return checkpoint
 
-    def _own_options(self) -> dict[str, Any]:
-        return {name: value for name in OPTIONS if (value := getattr(self, name, None)) is not None}
-
     def _request(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: Mapping[str, Any]) -> Request:
         checkpoint = self._loaded()
         llm = self.llm
-        set_on_llm = {name: value for name, value in llm.options().items() if name in llm.model_fields_set}
-        defaults: Mapping[str, Any] = checkpoint.defaults or {**llm.options(), "max_tokens": None}
+        set_on_llm = {name: value for name, value in options_of(llm).items() if name in llm.model_fields_set}
+        defaults: Mapping[str, Any] = checkpoint.defaults or {**options_of(llm), "max_tokens": None}
         given = {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
-        sampling = Sampling.of({**defaults, **set_on_llm, **self._own_options(), **given})
+        sampling = Sampling.of({**defaults, **set_on_llm, **options_of(self), **given})
         timeout_s = llm.timeout if self.timeout is None else self.timeout
         return build_request(encode(checkpoint.tokenizer, messages), sampling, timeout_s=timeout_s)
 
@@ -149,11 +146,8 @@ class ChatLLaMA3(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        (generation,) = submit(self.llm.engine, [self._request(messages, stop, kwargs)])
-        try:
-            return self._result(sum(generation, Chunk()))
-        finally:
-            generation.cancel()
+        (answer,) = complete(self.llm.engine, [self._request(messages, stop, kwargs)])
+        return self._result(answer)
 
     async def _agenerate(
         self,
@@ -162,11 +156,9 @@ class ChatLLaMA3(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        (generation,) = submit(self.llm.engine, [await asyncio.to_thread(self._request, messages, stop, kwargs)])
-        try:
-            return self._result(sum([chunk async for chunk in generation], Chunk()))
-        finally:
-            generation.cancel()
+        request = await asyncio.to_thread(self._request, messages, stop, kwargs)
+        (answer,) = await acomplete(self.llm.engine, [request])
+        return self._result(answer)
 
     def _stream(
         self,

@@ -120,6 +120,10 @@ class EngineDead(EngineError):
 class QueueFull(EngineError):
     """Too many requests wait already."""
 
+    def __init__(self, waiting: int) -> None:
+        super().__init__(f"{waiting} requests wait already, which is the limit")
+        self.waiting = waiting
+
 
 class DeadlineExceeded(EngineError, TimeoutError):
     """The request's deadline passed before it was finished."""

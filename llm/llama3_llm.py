@@ -11,12 +11,12 @@ from langchain_core.messages import BaseMessage, HumanMessage, MessageLikeRepres
 from langchain_core.outputs import GenerationChunk, LLMResult
 from pydantic import Field, SkipValidation, ValidationError
 
-from llm.answering import astream, build_request, generation_info, stream, submit
+from llm.answering import acomplete, astream, build_request, complete, generation_info, stream
 from llm.engine import Engine, Request
 from llm.errors import InvalidMessage
 from llm.generation import Chunk, Usage
 from llm.prompt import encode, encode_text
-from llm.sampling import OPTIONS, Sampling
+from llm.sampling import OPTIONS, Sampling, options_of
 
 
 class LLaMA3_LLM(LLM):
@@ -101,7 +101,7 @@ class LLaMA3_LLM(LLM):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        return {"model_name": self.model_name, **self.options()}
+        return {"model_name": self.model_name, **options_of(self)}
 
     def get_token_ids(self, text: str) -> list[int]:
         """The ids of a text alone, without template; special tokens in it are plain text."""
@@ -113,14 +113,10 @@ class LLaMA3_LLM(LLM):
 
     # From call arguments to a running generation. ChatLLaMA3 uses these too.
 
-    def options(self) -> dict[str, Any]:
-        """The sampling options that are set here."""
-        return {name: value for name in OPTIONS if (value := getattr(self, name, None)) is not None}
-
     def sampling(self, options: Mapping[str, Any], *, prompt_tokens: int, context: int) -> Sampling:
         """Merge call arguments into the defaults. A default `max_tokens` gives way where the context has less room."""
         given = {name: value for name, value in options.items() if value is not None}
-        merged = {**self.options(), **given}
+        merged = {**options_of(self), **given}
         if "max_tokens" in merged and "max_tokens" not in given:
             merged["max_tokens"] = max(1, min(merged["max_tokens"], context - prompt_tokens))
         return Sampling.of(merged)
@@ -142,12 +138,7 @@ class LLaMA3_LLM(LLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        generations = submit(self.engine, [self.request(prompt, stop, kwargs) for prompt in prompts])
-        try:
-            return self._result([sum(generation, Chunk()) for generation in generations])
-        finally:
-            for generation in generations:
-                generation.cancel()
+        return self._result(complete(self.engine, [self.request(prompt, stop, kwargs) for prompt in prompts]))
 
     async def _agenerate(
         self,
@@ -157,12 +148,7 @@ class LLaMA3_LLM(LLM):
         **kwargs: Any,
     ) -> LLMResult:
         requests = await asyncio.to_thread(lambda: [self.request(prompt, stop, kwargs) for prompt in prompts])
-        generations = submit(self.engine, requests)
-        try:
-            return self._result([sum([chunk async for chunk in generation], Chunk()) for generation in generations])
-        finally:
-            for generation in generations:
-                generation.cancel()
+        return self._result(await acomplete(self.engine, requests))
 
     def _call(
         self,

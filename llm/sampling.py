@@ -74,6 +74,11 @@ OPTIONS = tuple(field.name for field in fields(Sampling))
 """The names of all options, in order."""
 
 
+def options_of(holder: object) -> dict[str, Any]:
+    """The options that an object has as attributes, less those that are None."""
+    return {name: value for name in OPTIONS if (value := getattr(holder, name, None)) is not None}
+
+
 def _check_int(name: str, value: object, low: int, high: int | None, *, optional: bool = False) -> None:
     if value is None and optional:
         return

@@ -94,8 +94,8 @@ class SerialEngine:
         with self._changed:
             max_tokens = check_limits(request, self._loaded())
             job = _Job(request, max_tokens, Generation(self._forget, deadline=request.deadline))
-            if self._max_queue is not None and len(self._waiting) >= self._max_queue:
-                raise QueueFull(f"{len(self._waiting)} requests wait already, which is the limit")
+            if self._is_full():
+                raise QueueFull(len(self._waiting))
             self._waiting.append(job)
             self._changed.notify_all()
         return job.generation
@@ -112,7 +112,7 @@ class SerialEngine:
                 model=self._name,
                 running=0 if self._running is None else 1,
                 waiting=len(self._waiting),
-                is_full=self._max_queue is not None and len(self._waiting) >= self._max_queue,
+                is_full=self._is_full(),
                 slots=1,
                 context=0 if self._checkpoint is None else self._checkpoint.context,
                 error=None if self._death is None else str(self._death),
@@ -138,6 +138,9 @@ class SerialEngine:
         if self._checkpoint is None:
             raise EngineLoading(f"the model {self._name} is still loading")
         return self._checkpoint
+
+    def _is_full(self) -> bool:
+        return self._max_queue is not None and len(self._waiting) >= self._max_queue
 
     def _forget(self, generation: Generation) -> None:
         """A cancelled request leaves the queue at once; a running one stops after the step it is in."""

@@ -123,14 +123,14 @@ async def test_the_door_shows_the_model_what_the_chain_would() -> None:
 
 async def test_whatever_the_model_refuses_at_the_door_is_a_status() -> None:
     def check(messages: Sequence[BaseMessage], **options: Any) -> int:
-        raise QueueFull("3 requests wait already")
+        raise QueueFull(3)
 
     app = app_of(joke_chain(RunnableLambda(lambda _: "Ha!")), check=check)
     for endpoint in ("invoke", "stream", "stream_log", "stream_events"):
         refused = await request(app, "POST", f"/joke/{endpoint}", {"input": {"topic": "the sea"}})
         assert refused.status_code == 503
         assert refused.headers["retry-after"]
-        assert refused.json()["error"]["message"] == "3 requests wait already"
+        assert refused.json()["error"]["message"] == "3 requests wait already, which is the limit"
 
 
 async def test_an_unforeseen_error_is_one_without_detail_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

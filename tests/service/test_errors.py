@@ -15,7 +15,7 @@ EVERY_ERROR = [
     (ContextOverflowError("too long for somebody else's model"), 422, "context_overflow"),
     (errors.EngineLoading("later"), 503, "loading"),
     (errors.EngineDead("dead"), 503, "engine_dead"),
-    (errors.QueueFull("full"), 503, "queue_full"),
+    (errors.QueueFull(3), 503, "queue_full"),
     (errors.DeadlineExceeded("late"), 504, "deadline_exceeded"),
     (errors.GenerationFailed("failed"), 500, "generation_failed"),
     (Refusal(413, "body_too_large", "too large", field="body"), 413, "body_too_large"),
@@ -27,6 +27,7 @@ EVERY_ERROR = [
 def test_an_error_has_its_status_its_type_and_its_message(error: Exception, status: int, kind: str) -> None:
     problem = describe(error)
     assert (problem.status, problem.kind) == (status, kind)
+    assert problem.message
     assert problem.message in str(error)
 
 
@@ -35,7 +36,7 @@ def test_every_error_that_a_running_engine_raises_has_a_status_of_its_own() -> N
     assert set(errors.EngineError.__subclasses__()) <= raised
 
 
-@pytest.mark.parametrize("error", [errors.QueueFull("full"), errors.EngineLoading("later")])
+@pytest.mark.parametrize("error", [errors.QueueFull(3), errors.EngineLoading("later")])
 def test_a_passing_trouble_says_when_to_try_again(error: Exception) -> None:
     assert int(describe(error).headers["Retry-After"]) > 0
 
@@ -52,9 +53,9 @@ def test_an_unforeseen_error_shows_no_detail(error: Exception) -> None:
 
 
 def test_an_error_in_a_group_of_its_own_is_that_error() -> None:
-    group = ExceptionGroup("tasks", [ExceptionGroup("tasks", [errors.QueueFull("full")])])
+    group = ExceptionGroup("tasks", [ExceptionGroup("tasks", [errors.QueueFull(3)])])
     assert describe(group).kind == "queue_full"
-    assert describe(ExceptionGroup("tasks", [errors.QueueFull("full"), OSError("secret")])).kind == "internal_error"
+    assert describe(ExceptionGroup("tasks", [errors.QueueFull(3), OSError("secret")])).kind == "internal_error"
 
 
 def test_a_validation_error_of_the_framework_names_its_field() -> None:

@@ -150,7 +150,7 @@ async def test_a_full_queue_refuses_with_503_and_the_numbers(tmp_path: Path) -> 
             await until(server, running=1, waiting=0, within_s=5)
             async with request_in_flight(server, "invoke", "slow"):
                 await until(server, running=1, waiting=1, within_s=5)
-                for endpoint in ("invoke", "batch", "stream", "stream_log", "stream_events"):
+                for endpoint in ENDPOINTS:
                     async with httpx.AsyncClient() as client:
                         response = await client.post(f"{server.url}/translate/{endpoint}", json=body(endpoint, "Hi!"))
                     assert response.status_code == 503
