@@ -252,6 +252,7 @@ def test_the_form_translates_with_the_real_model(server: Server, page: Page, wat
 
 def test_the_form_summarizes_with_the_real_model(server: Server, page: Page, watch: Watch, shoot: Shoot) -> None:
     playground = FormPlayground(page, server, "summarize")
+    playground.fill(max_tokens=100)
     playground.fill(text=STORY)
     long = playground.run()
     assert len(long) > 20

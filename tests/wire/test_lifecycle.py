@@ -169,5 +169,6 @@ def test_make_serve_serves_on_the_port_that_it_is_told(tmp_path: Path) -> None:
     if not (ROOT / ".venv/installed").exists():
         pytest.skip("this environment was not set up by make")
     with Server(tmp_path / "log", command=["make", "serve", "ARGS="]) as server:
-        answer = httpx.post(f"{server.url}/translate/invoke", json={"input": HELLO}, timeout=60)
+        body = {"input": HELLO, "config": {"configurable": {"max_tokens": 8}}}
+        answer = httpx.post(f"{server.url}/translate/invoke", json=body, timeout=60)
         assert answer.status_code == 200
