@@ -28,7 +28,7 @@ class FormPlayground:
     def __init__(self, page: Page, server: Server, chain: str, config_hash: str = "") -> None:
         self.page = page
         share = f"/c/{config_hash}" if config_hash else ""
-        page.goto(f"{server.url}/{chain}{share}/playground/")
+        page.goto(f"{server.url}/{chain}{share}/playground/", wait_until="networkidle")
         self.start_button = page.get_by_role("button", name="Start")
         self.stop_button = page.get_by_role("button", name="Stop", exact=False).filter(has_text="Stop")
         self.output = page.locator(OUTPUT)
@@ -86,7 +86,8 @@ class ChatPlayground:
         self.page = page
         if options:
             page.route("**/chat/stream_log", lambda route: add_options(route, options))
-        page.goto(f"{server.url}/chat/playground/")
+        # The page takes messages before it knows what to send them as: it still waits for the chain's schemas then.
+        page.goto(f"{server.url}/chat/playground/", wait_until="networkidle")
         self.box = page.get_by_placeholder("Send a message...")
         self.toasts = page.locator(".Toastify__toast")
         expect(self.box).to_be_visible()
