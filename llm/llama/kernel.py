@@ -1,0 +1,217 @@
+"""The CPU's decode step, from `kernel.c`: compiled once for this machine, called without the interpreter's lock.
+
+Knows a C compiler and the layouts of its structs; knows no requests.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llm.gguf import cache_dir
+from llm.llama.blocks import BLOCK
+from llm.llama.matrix import PANEL, Format, PackedMatrix
+
+if TYPE_CHECKING:
+    from llm.llama.weights import Projection, Weights
+
+SOURCE = Path(__file__).with_name("kernel.c")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
+SPAN = 512
+"""Keys that one piece of attention covers."""
+
+log = logging.getLogger(__name__)
+
+
+class Linear(Structure):
+    """A packed matrix."""
+
+    _fields_ = (
+        ("weights", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("kind", c_int64),
+        ("is_interleaved", c_int64),
+    )
+
+
+class Layer(Structure):
+    """One layer's weights, keys and values."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("qkv", Linear),
+        ("out", Linear),
+        ("gate_up", Linear),
+        ("down", Linear),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    )
+
+
+class Model(Structure):
+    """A whole model."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate")),
+        ("kv_kind", c_int64),
+        ("epsilon", c_float),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+        ("layers", POINTER(Layer)),
+        ("norm", c_void_p),
+        ("head", Linear),
+    )
+
+
+class Step(Structure):
+    """Rows that are in a step, and room to work in."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("positions", c_void_p),
+        ("tables", c_void_p),
+        ("max_blocks", c_int64),
+        *((name, c_void_p) for name in ("x", "normed", "qkv", "partial", "mixed", "mlp", "logits")),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel; None where there is no C compiler that can make it."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        log.warning("There is no C compiler (cc): decoding takes torch's way, which is several times slower")
+        return None
+    target = cache_dir() / "kernel" / f"{_identity(compiler)}.so"
+    if not target.is_file():
+        try:
+            _compile(compiler, target)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or error
+            log.warning("%s cannot compile %s, so decoding takes torch's slower way: %s", compiler, SOURCE, reason)
+            return None
+    torch.get_num_threads()  # torch's OpenMP runtime is there first, and becomes the kernel's too: one team of threads
+    loaded = ctypes.CDLL(str(target))
+    loaded.decode.argtypes = [POINTER(Model), POINTER(Step)]
+    loaded.decode.restype = None
+    loaded.unpack.argtypes = [POINTER(Linear), c_int64, c_void_p]
+    loaded.unpack.restype = None
+    return loaded
+
+
+class Decoder:
+    """Decodes with packed weights, over keys and values that lie as `kernel.c` wants them."""
+
+    def __init__(self, weights: "Weights", keys: list[Tensor], values: list[Tensor]) -> None:
+        self._library = loaded()
+        self._kept: list[object] = [weights, keys, values]  # what the structs point to
+        self._heads, self._head_dim = weights.heads, weights.head_dim
+        layers = (Layer * len(weights.layers))()
+        for struct, layer, layer_keys, layer_values in zip(layers, weights.layers, keys, values, strict=True):
+            struct.attention_norm, struct.mlp_norm = layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()
+            struct.qkv, struct.out = self._linear(layer.qkv), self._linear(layer.out)
+            struct.gate_up, struct.down = self._linear(layer.gate_up), self._linear(layer.down)
+            struct.keys, struct.values = layer_keys.data_ptr(), layer_values.data_ptr()
+        self._model = Model(
+            num_layers=len(layers),
+            hidden=weights.hidden,
+            heads=weights.heads,
+            kv_heads=weights.kv_heads,
+            head_dim=weights.head_dim,
+            intermediate=layers[0].down.inputs,
+            kv_kind=Format.BFLOAT16 if weights.dtype == torch.bfloat16 else Format.FLOAT32,
+            epsilon=weights.epsilon,
+            cosines=weights.cosines.data_ptr(),
+            sines=weights.sines.data_ptr(),
+            layers=layers,
+            norm=weights.norm.data_ptr(),
+            head=self._linear(weights.head),
+        )
+        widths = (weights.hidden, layers[0].qkv.outputs, layers[0].out.inputs, layers[0].down.inputs)
+        self._hidden, self._qkv, self._mixed, self._mlp = widths
+
+    def decode(self, x: Tensor, positions: list[int], tables: list[list[int]]) -> Tensor:
+        """Logits, float32 (rows, vocabulary), for embeddings, float32 (rows, hidden), which are overwritten."""
+        rows, max_blocks = len(positions), max(positions) // BLOCK + 1
+        where = torch.tensor(positions, dtype=torch.int32)
+        blocks = torch.tensor([(table + [0] * max_blocks)[:max_blocks] for table in tables], dtype=torch.int32)
+        spans = -(-max_blocks * BLOCK // SPAN)
+        logits = torch.empty(rows, self._model.head.outputs)
+        widths = (self._hidden, self._qkv, self._heads * spans * (self._head_dim + 2), self._mixed, self._mlp)
+        room = [torch.empty(rows * width) for width in widths]
+        step = Step(
+            rows, where.data_ptr(), blocks.data_ptr(), max_blocks, x.data_ptr(), *(tensor.data_ptr() for tensor in room)
+        )
+        step.logits = logits.data_ptr()
+        self._library.decode(ctypes.byref(self._model), ctypes.byref(step))
+        return logits
+
+    def _linear(self, projection: "Projection") -> Linear:
+        matrix, bias = projection.matrix, projection.bias
+        assert isinstance(matrix, PackedMatrix)
+        if bias is not None:
+            panels = torch.nn.functional.pad(bias.float(), (0, -len(bias) % PANEL)).view(-1, PANEL)
+            if matrix.is_interleaved:
+                panels = panels.unflatten(0, (2, -1)).transpose(0, 1)
+            bias = panels.contiguous()
+            self._kept.append(bias)
+        return _linear(matrix, bias)
+
+
+def unpack(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
+    """The matrix, (outputs, inputs) in float32 or bfloat16; several times as quick as `matrix.unpack()`."""
+    plain = torch.empty(matrix.outputs, matrix.inputs, dtype=dtype)
+    kind = Format.BFLOAT16 if dtype == torch.bfloat16 else Format.FLOAT32
+    loaded().unpack(ctypes.byref(_linear(matrix, None)), kind, plain.data_ptr())
+    return plain
+
+
+def _linear(matrix: PackedMatrix, bias: Tensor | None) -> Linear:
+    return Linear(
+        matrix.weights.data_ptr(),
+        None if matrix.scales is None else matrix.scales.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        matrix.outputs,
+        matrix.inputs,
+        matrix.format,
+        matrix.is_interleaved,
+    )
+
+
+def loaded() -> ctypes.CDLL:
+    """The compiled kernel, where `library` has said that it is there."""
+    found = library()
+    assert found is not None
+    return found
+
+
+def _compile(compiler: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / "kernel.so"
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        made.replace(target)
+
+
+def _identity(compiler: str) -> str:
+    """What tells this machine's kernel from others that share the cache."""
+    about = Path("/proc/cpuinfo")
+    flags = next((line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    parts = (SOURCE.read_text(), *FLAGS, compiler, platform.machine(), platform.processor(), flags)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
