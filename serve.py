@@ -31,6 +31,8 @@ def main(arguments: Sequence[str]) -> int:
         settings.model,
         dtype=settings.dtype,
         device=settings.device,
+        quantize=settings.quantize,
+        max_slots=settings.max_slots,
         max_context=settings.max_context,
         max_queue=settings.max_queue,
     )

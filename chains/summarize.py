@@ -11,7 +11,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from chains.chain import Chain
 from chains.options import without_null
-from chains.texts import Language, Text
+from chains.texts import Language, Text, instructions
 
 STYLES = {
     "paragraph": "one paragraph",
@@ -21,10 +21,9 @@ STYLES = {
 
 PROMPT = ChatPromptTemplate(
     [
-        (
-            "system",
-            "You summarize texts. Write {form}{length}{language}. Use only what the text says. "
-            "Answer with the summary alone.",
+        instructions(
+            "You summarize texts. Use only what the text says. Answer with the summary alone. "
+            "Write {form}{length}{language}."
         ),
         ("human", "Summarize this text:\n\n{text}"),
     ]

@@ -1,7 +1,9 @@
-"""Types of texts and languages in the inputs of chains."""
+"""Types of texts and languages in the inputs of chains, and the chains' own words."""
 
+from string import Formatter
 from typing import Annotated
 
+from langchain_core.prompts import SystemMessagePromptTemplate
 from pydantic import AfterValidator, Field, StringConstraints
 
 
@@ -19,3 +21,15 @@ Language = Annotated[
     str, StringConstraints(min_length=1, max_length=60, pattern=r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}_ ()'-]*$")
 ]
 """The name of a language, in any language."""
+
+
+def instructions(template: str) -> SystemMessagePromptTemplate:
+    """A chain's own system prompt; variables in braces are best at its end.
+
+    What comes before the first of them is the same for everybody. It is marked so (`shared_chars`), and a model that
+    knows the mark computes it once for all; others ignore it.
+    """
+    head, *_ = next(iter(Formatter().parse(template)))
+    marked = SystemMessagePromptTemplate.from_template(template, additional_kwargs={"shared_chars": len(head)})
+    assert isinstance(marked, SystemMessagePromptTemplate)
+    return marked

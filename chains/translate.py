@@ -11,14 +11,13 @@ from pydantic.json_schema import SkipJsonSchema
 
 from chains.chain import Chain
 from chains.options import without_null
-from chains.texts import Language, Text
+from chains.texts import Language, Text, instructions
 
 PROMPT = ChatPromptTemplate(
     [
-        (
-            "system",
-            "You are a professional translator. Translate the user's text{source} into {target_language}. "
-            "Keep meaning, tone and formatting. Answer with the translation alone, without notes or quotation marks.",
+        instructions(
+            "You are a professional translator. Keep meaning, tone and formatting. Answer with the translation alone, "
+            "without notes or quotation marks. Translate the user's text{source} into {target_language}."
         ),
         ("human", "{text}"),
     ]

@@ -10,13 +10,16 @@ from llm.generation import Chunk, Generation
 from llm.sampling import Sampling
 
 
-def build_request(ids: Sequence[int], sampling: Sampling, *, timeout_s: float | None) -> Request:
+def build_request(
+    ids: Sequence[int], sampling: Sampling, *, timeout_s: float | None, num_shared: int = 0
+) -> Request:
     """A request on behalf of the current caller."""
     caller = current_caller.get() or Caller()
     deadlines = [caller.deadline, None if timeout_s is None else time.monotonic() + timeout_s]
     return Request(
         prompt=tuple(ids),
         sampling=sampling,
+        num_shared=num_shared,
         deadline=min((deadline for deadline in deadlines if deadline is not None), default=None),
         owner=caller.owner,
         caller=caller.id,
@@ -45,7 +48,7 @@ def complete(engine: Engine, requests: Sequence[Request]) -> list[Chunk]:
     """The whole answers; if one fails, or nobody waits any more, the others are cancelled."""
     generations = submit(engine, requests)
     try:
-        return [sum(generation, Chunk()) for generation in generations]
+        return [generation.whole() for generation in generations]
     finally:
         for generation in generations:
             generation.cancel()
@@ -55,7 +58,7 @@ async def acomplete(engine: Engine, requests: Sequence[Request]) -> list[Chunk]:
     """`complete`, awaited."""
     generations = submit(engine, requests)
     try:
-        return [sum([chunk async for chunk in generation], Chunk()) for generation in generations]
+        return [await generation.awhole() for generation in generations]
     finally:
         for generation in generations:
             generation.cancel()

@@ -18,7 +18,7 @@ from llm.engine import Request, check_limits
 from llm.errors import EngineError, QueueFull
 from llm.generation import Chunk, Usage
 from llm.llama3_llm import LLaMA3_LLM
-from llm.prompt import count, encode
+from llm.prompt import count, count_shared, encode
 from llm.sampling import Sampling, options_of
 
 
@@ -137,7 +137,9 @@ class ChatLLaMA3(BaseChatModel):
         given = {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
         sampling = Sampling.of({**defaults, **set_on_llm, **options_of(self), **given})
         timeout_s = llm.timeout if self.timeout is None else self.timeout
-        return build_request(encode(checkpoint.tokenizer, messages), sampling, timeout_s=timeout_s)
+        ids = encode(checkpoint.tokenizer, messages)
+        num_shared = count_shared(checkpoint.tokenizer, messages, ids)
+        return build_request(ids, sampling, timeout_s=timeout_s, num_shared=num_shared)
 
     def _generate(
         self,

@@ -21,8 +21,11 @@ class Request:
     """`time.monotonic()` seconds after which the request ends, wherever it is."""
     owner: str = ""
     """Requests of one owner may share computed prefixes."""
+    num_shared: int = 0
+    """Leading prompt tokens that are nobody's secret: the chain's own prompt. They may be reused between owners."""
     caller: str = ""
-    """One HTTP request, however many generations it submits: turns go round between callers."""
+    """One HTTP request, however many generations it submits: turns go round between callers. Empty: a caller of its
+    own."""
     trace_id: str = ""
 
 
@@ -32,7 +35,7 @@ class EngineState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DEGRADED = "degraded"
-    """It works, but something went wrong lately."""
+    """It works, but something went wrong, and no request was finished since."""
     DEAD = "dead"
 
 
@@ -44,15 +47,21 @@ class EngineHealth:
     model: str
     """The model reference that it was started with."""
     running: int = 0
-    """Requests being generated."""
+    """Requests that have a slot."""
     waiting: int = 0
-    """Requests in the queue."""
+    """Requests in the queue, those among them that had to give up a slot."""
     is_full: bool = False
     """True if one request more would be refused."""
     slots: int = 0
     """Requests that can run at once."""
     context: int = 0
     """Tokens of prompt and answer together, at most."""
+    prompt_tokens: int = 0
+    """Tokens of all prompts that were read, since the start."""
+    cached_tokens: int = 0
+    """How many of these did not have to be computed."""
+    restarts: int = 0
+    """How often the engine's loop has failed and started again."""
     error: str | None = None
     """What killed or degraded it."""
 

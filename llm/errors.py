@@ -18,6 +18,8 @@ LLMError
     ├── EngineDead             the engine has failed or was closed
     ├── QueueFull              too many requests wait already
     ├── DeadlineExceeded       the request's time was up (also a TimeoutError)
+    ├── OutOfDeviceMemory      the device has no room for this request; the engine goes on (also a MemoryError)
+    ├── EngineRestarted        the engine failed and starts again; whatever ran or waited has to be sent again
     └── GenerationFailed       a step of this request failed; the engine goes on
 """
 
@@ -127,6 +129,14 @@ class QueueFull(EngineError):
 
 class DeadlineExceeded(EngineError, TimeoutError):
     """The request's deadline passed before it was finished."""
+
+
+class OutOfDeviceMemory(EngineError, MemoryError):
+    """The device has no room for this request, or had none for a step of it. The engine goes on with the others."""
+
+
+class EngineRestarted(EngineError):
+    """The engine failed and starts again. Whatever ran or waited has to be sent again."""
 
 
 class GenerationFailed(EngineError):

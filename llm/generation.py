@@ -1,16 +1,18 @@
 """What an engine gives back for a request: chunks that can be iterated sync and async, and cancelled at any time.
 
 One producer (the engine's thread) and one consumer (any thread, or any event loop). What is ready at once leaves as
-one chunk, so a slow reader costs neither the engine a wait nor the server a growing queue of chunks.
+one chunk, and the producer never waits for the consumer: what piles up for one who has stopped reading is one small
+piece per token, so at most the request's `max_tokens` of them.
 """
 
 import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain
 from typing import Self
 
 from llm.errors import DeadlineExceeded, LLMError
@@ -69,14 +71,22 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
-    def __add__(self, other: "Chunk") -> "Chunk":
-        return Chunk(
-            self.text + other.text,
-            self.token_ids + other.token_ids,
-            self.logprobs + other.logprobs,
-            other.finish_reason or self.finish_reason,
-            other.usage or self.usage,
+    @classmethod
+    def join(cls, chunks: Iterable["Chunk"]) -> "Chunk":
+        """Make one of many."""
+        pieces = tuple(chunks)
+        if len(pieces) == 1:
+            return pieces[0]
+        return cls(
+            "".join(piece.text for piece in pieces),
+            tuple(chain.from_iterable(piece.token_ids for piece in pieces)),
+            tuple(chain.from_iterable(piece.logprobs for piece in pieces)),
+            next((piece.finish_reason for piece in reversed(pieces) if piece.finish_reason is not None), None),
+            next((piece.usage for piece in reversed(pieces) if piece.usage is not None), None),
         )
+
+    def __add__(self, other: "Chunk") -> "Chunk":
+        return self.join((self, other))
 
 
 @dataclass(slots=True)
@@ -107,8 +117,9 @@ class Generation:
         self._on_cancel = on_cancel
         self._deadline = deadline
         self._ready = threading.Condition()
-        self._loop_waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
-        self._pending: Chunk | None = None
+        self._waiter: asyncio.Future[None] | None = None  # of an event loop; a thread waits for `_ready` itself
+        self._is_wanted_whole = False
+        self._pending: list[Chunk] = []
         self._error: LLMError | None = None
         self._is_ended = False
 
@@ -147,15 +158,27 @@ class Generation:
                     chunk = self._take()
                     break
                 loop = asyncio.get_running_loop()
-                waiter = loop.create_future()
-                self._loop_waiter = (loop, waiter)
+                self._waiter = waiter = loop.create_future()
+            left_s = self._left_s()
+            timer = None if left_s is None else loop.call_later(left_s, self.expire)  # cheaper than asyncio.wait_for
             try:
-                await asyncio.wait_for(waiter, self._left_s())
-            except TimeoutError:
-                self.expire()
+                await waiter
+            finally:
+                if timer is not None:
+                    timer.cancel()
         if chunk is None:
             raise StopAsyncIteration
         return chunk
+
+    def whole(self) -> Chunk:
+        """All of it that was not read yet. Cheaper than to iterate: the reader sleeps until it has ended."""
+        self._is_wanted_whole = True
+        return Chunk.join(self)
+
+    async def awhole(self) -> Chunk:
+        """`whole`, awaited."""
+        self._is_wanted_whole = True
+        return Chunk.join([chunk async for chunk in self])
 
     def expire(self) -> None:
         """End it because its time is up."""
@@ -168,46 +191,76 @@ class Generation:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def _has_news(self) -> bool:
-        return self._pending is not None or self._is_ended
+        return self._is_ended or (bool(self._pending) and not self._is_wanted_whole)
 
     def _take(self) -> Chunk | None:
         """What has come since the last call; None when all has been taken. Raises what ended the generation."""
-        chunk, self._pending = self._pending, None
-        if chunk is None and self._error is not None:
+        if self._pending:
+            chunks, self._pending = self._pending, []
+            return Chunk.join(chunks)
+        if self._error is not None:
             raise self._error
-        return chunk
+        return None
 
     # The producer's side.
 
     def deliver(self, chunk: Chunk) -> None:
         """Hand over a piece; one with a `finish_reason` is the last. Ignored once ended."""
-        self._put(chunk, ends=chunk.finish_reason is not None)
+        deliver([(self, chunk)])
 
     def fail(self, error: LLMError) -> None:
         """End with an error. Ignored once ended."""
         self._put(None, ends=True, error=error)
 
-    def _put(self, chunk: Chunk | None, *, ends: bool, error: LLMError | None = None) -> bool:
+    def _put(
+        self,
+        chunk: Chunk | None,
+        *,
+        ends: bool,
+        error: LLMError | None = None,
+        wake: Callable[[asyncio.Future[None]], None] | None = None,
+    ) -> bool:
         with self._ready:
             if self._is_ended:
                 return False
             if chunk is not None:
-                self._pending = chunk if self._pending is None else self._pending + chunk
+                self._pending.append(chunk)
                 if chunk.token_ids and self.timings.first_token is None:
                     self.timings.first_token = time.monotonic()
             if ends:
                 self._error = error
                 self._is_ended = True
                 self.timings.ended = time.monotonic()
+            if not self._has_news():
+                return True
             self._ready.notify_all()
-            loop_waiter, self._loop_waiter = self._loop_waiter, None
-        if loop_waiter is not None:
-            loop, waiter = loop_waiter
-            with contextlib.suppress(RuntimeError):  # the consumer's loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(_wake, waiter)
+            waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            (wake or _wake)(waiter)
         return True
 
 
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+def deliver(pieces: Iterable[tuple[Generation, Chunk]]) -> None:
+    """Hand over what one step made, as `Generation.deliver` does.
+
+    An event loop is woken once for all of its readers, since each time costs a system call: 50 µs less for 16 of them.
+    """
+    waiters: list[asyncio.Future[None]] = []
+    for generation, chunk in pieces:
+        generation._put(chunk, ends=chunk.finish_reason is not None, wake=waiters.append)
+    _wake(*waiters)
+
+
+def _wake(*waiters: asyncio.Future[None]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for waiter in waiters:
+        by_loop.setdefault(waiter.get_loop(), []).append(waiter)
+    for loop, its_waiters in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # the consumer's loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(_resolve, its_waiters)
+
+
+def _resolve(waiters: Iterable[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)

@@ -1,12 +1,17 @@
 """The engine that people run: a checkpoint on this machine's GPU or CPU."""
 
+import os
 from functools import partial
+from typing import TYPE_CHECKING
 
+from llm.batching_engine import BatchingEngine
 from llm.loading import prepare
-from llm.serial_engine import SerialEngine, TokenSource
+
+if TYPE_CHECKING:
+    from llm.llama.runner import LlamaRunner, LlamaSequence
 
 
-class LocalEngine(SerialEngine):
+class LocalEngine(BatchingEngine["LlamaSequence"]):
     """Generates with a Llama-architecture checkpoint in this process."""
 
     def __init__(
@@ -15,6 +20,8 @@ class LocalEngine(SerialEngine):
         *,
         dtype: str = "auto",
         device: str = "auto",
+        quantize: str = "auto",
+        max_slots: int | None = None,
         max_context: int | None = None,
         max_queue: int | None = None,
     ) -> None:
@@ -24,15 +31,33 @@ class LocalEngine(SerialEngine):
             reference: `embedded`, a path, `hf:org/name[@revision]` or `modelscope:org/name[@revision]`.
             dtype: `auto` (the checkpoint's own), `bfloat16`, `float16` or `float32`.
             device: `auto` (all GPUs, else the CPU), `cpu`, `cuda` or `cuda:N`.
-            max_context: Tokens of prompt and answer together; None: what the checkpoint was trained for.
+            quantize: `none`, `int8` or `int4` (weights only, on CPUs), or `auto`: 4 bits where the checkpoint has no
+                more to begin with.
+            max_slots: Requests that run at once; None: 64, fewer where the memory is small.
+            max_context: Tokens of prompt and answer together; None: what the checkpoint was trained for, or what fits.
             max_queue: Requests that may wait; None: any number.
         """
-        load = partial(_load, reference, dtype=dtype, device=device, max_context=max_context)
+        load = partial(
+            _load,
+            reference,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            max_slots=max_slots,
+            max_context=max_context,
+        )
         super().__init__(reference, load, max_queue=max_queue)
 
 
-def _load(reference: str, *, dtype: str, device: str, max_context: int | None) -> TokenSource:
+def _load(
+    reference: str, *, dtype: str, device: str, quantize: str, max_slots: int | None, max_context: int | None
+) -> "LlamaRunner":
+    # Read when torch's OpenMP runtime is loaded. By default a thread that waits for the others at the end of a step's
+    # part keeps its core busy for milliseconds, though another thread may need it: requests are served by one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     files = prepare(reference)  # what is wrong with a reference shows before torch, whose import takes seconds
-    from llm.transformers_model import TransformersModel
+    from llm.llama.runner import LlamaRunner
 
-    return TransformersModel.load(files, dtype=dtype, device=device, max_context=max_context)
+    return LlamaRunner.load(
+        files, dtype=dtype, device=device, quantize=quantize, max_slots=max_slots, max_context=max_context
+    )

@@ -97,6 +97,25 @@ def count(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[BaseMessage])
     return len(encode(tokenizer, messages))
 
 
+def count_shared(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[BaseMessage], ids: Sequence[int]) -> int:
+    """Count the leading tokens of a prompt that hold nobody's secret.
+
+    A chain marks its own words: its first message has `additional_kwargs["shared_chars"]`, how many characters of it
+    are the same whoever asks. `ids` is what `encode` gave for the messages.
+    """
+    shared_chars = messages[0].additional_kwargs.get("shared_chars") if messages else None
+    if not isinstance(shared_chars, int):
+        return 0
+    head = _head(tokenizer, messages[0].text[:shared_chars])
+    return next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), min(len(head), len(ids)))
+
+
+@lru_cache(maxsize=64)
+def _head(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[int, ...]:
+    """The ids of a conversation that begins with this text."""
+    return tuple(encode(tokenizer, [SystemMessage(text), HumanMessage("")]))
+
+
 def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     template: object = tokenizer.chat_template
     if isinstance(template, dict):

@@ -2,13 +2,15 @@
 
 import re
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from llm.batching_engine import BatchingEngine
 from llm.checkpoint import Checkpoint
 from llm.engine import Request
+from llm.errors import GenerationFailed, LLMError
 from llm.generation import Token, TokenLogprob
-from llm.serial_engine import SerialEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,16 +21,19 @@ Script = Callable[[str], str | Iterable[str]]
 """Given what the last message said, what to answer: at once, or piece by piece as they are asked for."""
 
 
+MAX_PROMPTS = 1_000
+"""How many prompts are remembered."""
+
+
 def echo(message: str) -> str:
     """The default script: say what was said."""
     return message
 
 
-class ScriptedEngine(SerialEngine):
-    """Answers by a script, through the same queue, limits, stop strings and cancellation as a real engine.
+class ScriptedEngine(BatchingEngine["Answer"]):
+    """Answers by a script, through the same queue, slots, limits, stop strings and cancellation as a real engine.
 
-    Its tokens are bytes, and its prompts are Llama 3's. `prompts` holds the text of all prompts seen, special tokens
-    included, oldest first.
+    Its tokens are bytes, and its prompts are Llama 3's.
     """
 
     def __init__(
@@ -39,33 +44,59 @@ class ScriptedEngine(SerialEngine):
         context: int = 8192,
         token_delay_s: float = 0.0,
         load_delay_s: float = 0.0,
+        max_slots: int = 16,
         max_queue: int | None = None,
     ) -> None:
         """Return at once.
 
         Args:
             script: The answer, or a function from the last message to the answer. If it raises, at once or between
-                two pieces, the request fails.
+                two pieces, the request fails. It is run in the engine's thread: while it sleeps, all others wait.
             name: The model's name.
             context: Tokens (bytes) of prompt and answer together.
-            token_delay_s: Time that each token takes.
+            token_delay_s: Time that a step takes: one token for each request that runs.
             load_delay_s: Time that loading takes.
+            max_slots: Requests that run at once.
             max_queue: Requests that may wait; None: any number.
         """
-        self.prompts: list[str] = []
+        self._prompts: deque[str] = deque(maxlen=MAX_PROMPTS)
 
-        def open_script() -> _Script:
+        def open_runner() -> ScriptRunner:
             time.sleep(load_delay_s)
-            return _Script(script, name, context, token_delay_s, self.prompts)
+            said = script if callable(script) else lambda _: script
+            return ScriptRunner(said, name, context, token_delay_s, max_slots, self._prompts)
 
-        super().__init__(name, open_script, max_queue=max_queue)
+        super().__init__(name, open_runner, max_queue=max_queue)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The text of the last prompts seen, special tokens included, oldest first."""
+        return list(self._prompts)
 
 
-class _Script:
-    """A `TokenSource` that spells out scripted answers."""
+class Answer:
+    """A `Sequence` whose tokens a script says."""
 
-    def __init__(self, script: str | Script, name: str, context: int, token_delay_s: float, prompts: list[str]) -> None:
-        self._script = script if callable(script) else lambda _: script
+    num_cached = 0
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens: Iterator[int] | None = None
+
+    @property
+    def is_prefilled(self) -> bool:
+        """True once the script was asked."""
+        return self.tokens is not None
+
+
+class ScriptRunner:
+    """A `Runner` that spells out scripted answers."""
+
+    def __init__(
+        self, script: Script, name: str, context: int, token_delay_s: float, slots: int, prompts: deque[str]
+    ) -> None:
+        self.slots = slots
+        self._script = script
         self._token_delay_s = token_delay_s
         self._prompts = prompts
         tokenizer = byte_tokenizer()
@@ -81,19 +112,49 @@ class _Script:
             defaults={},
         )
 
-    def steps(self, request: Request) -> Generator[Token | None]:
-        prompt = self._backend.decode(request.prompt, skip_special_tokens=False)
+    def open(self, request: Request) -> Answer:
+        return Answer(request)
+
+    def admit(self, sequence: Answer) -> bool:
+        return True
+
+    def prefill(self, sequence: Answer) -> None:
+        prompt = self._backend.decode(sequence.request.prompt, skip_special_tokens=False)
         self._prompts.append(prompt)
         answer = self._script(_last_message(prompt))
-        for piece in [answer] if isinstance(answer, str) else answer:
-            yield from self._tokens(self._backend.encode(piece).ids, request)
-        yield from self._tokens([self._end], request)
+        sequence.tokens = self._spell([answer] if isinstance(answer, str) else answer)
 
-    def _tokens(self, ids: Iterable[int], request: Request) -> Generator[Token]:
-        for token_id in ids:
-            time.sleep(self._token_delay_s)
-            wants_logprob = request.sampling.logprobs is not None
-            yield Token(token_id, TokenLogprob(token_id, 0.0) if wants_logprob else None)
+    def grow(self, sequence: Answer) -> bool:
+        return True
+
+    def decode(self, sequences: list[Answer]) -> list[Token | LLMError]:
+        time.sleep(self._token_delay_s)
+        return [self._next(sequence) for sequence in sequences]
+
+    def release(self, sequence: Answer) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _spell(self, pieces: Iterable[str]) -> Iterator[int]:
+        for piece in pieces:
+            yield from self._backend.encode(piece).ids
+        yield self._end
+
+    def _next(self, sequence: Answer) -> Token | LLMError:
+        assert sequence.tokens is not None
+        try:
+            token_id = next(sequence.tokens)
+        except Exception as error:
+            failure = GenerationFailed(f"generation failed: {type(error).__name__}")
+            failure.__cause__ = error
+            return failure
+        wants_logprob = sequence.request.sampling.logprobs is not None
+        return Token(token_id, TokenLogprob(token_id, 0.0) if wants_logprob else None)
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":

@@ -67,6 +67,8 @@ LLM_PROBLEMS: Sequence[tuple[type[Exception], int, str, Mapping[str, str]]] = (
     (llm_errors.EngineLoading, 503, "loading", SOON),
     (llm_errors.EngineDead, 503, "engine_dead", {}),
     (llm_errors.QueueFull, 503, "queue_full", SOON),
+    (llm_errors.OutOfDeviceMemory, 503, "out_of_device_memory", SOON),
+    (llm_errors.EngineRestarted, 503, "engine_restarted", SOON),
     (llm_errors.DeadlineExceeded, 504, "deadline_exceeded", {}),
     (llm_errors.GenerationFailed, 500, "generation_failed", {}),
 )

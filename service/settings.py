@@ -41,9 +41,20 @@ class Settings(BaseSettings):
         str,
         Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (all GPUs, else the CPU), cpu, cuda or cuda:N."),
     ] = "auto"
+    quantize: Annotated[
+        Literal["auto", "none", "int8", "int4"],
+        Field(description="Bits of the weights, on a CPU; auto takes 4 where the model was made with no more."),
+    ] = "auto"
+    max_slots: Annotated[
+        int | None, Field(ge=1, description="Generations that run at once; 64, or what memory allows, if not set.")
+    ] = None
     max_context: Annotated[
         int | None,
-        Field(ge=16, description="Tokens of prompt and answer together; what the model was trained for if not set."),
+        Field(
+            ge=16,
+            description="Tokens of prompt and answer together; what the model was trained for, or what memory allows, "
+            "if not set.",
+        ),
     ] = None
     max_queue: Annotated[int, Field(ge=1, description="Generations that may wait for the model.")] = 256
     max_body: Annotated[int, Field(ge=1, description="Bytes of a request body.")] = 4 * 1024 * 1024

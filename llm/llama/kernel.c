@@ -15,6 +15,7 @@
 #define LANES 16 /* outputs in a panel of weights, and tokens in a block of keys and values */
 #define GROUP 32 /* inputs that share a scale in quantised weights */
 #define SPAN 512 /* keys that one piece of attention covers */
+#define MAX_HEAD_DIM 256
 
 typedef float f32 __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32 __attribute__((vector_size(4 * LANES)));
@@ -22,12 +23,13 @@ typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
 typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL _Pragma("GCC unroll 32")
 
 enum kind { F32, BF16, INT8, INT4 };
 
-/* A matrix of `outputs` x `inputs`, in panels of 16 outputs. Narrow weights lie in words of 32 bits, one word an output
-   with inputs that follow one another from its low end up: they are unpacked by shifts alone.
+/* A matrix of `outputs` x `inputs`, in panels of 16 outputs, an even number of them. Narrow weights lie in words of
+   32 bits, one word an output with inputs that follow one another from its low end up: they are unpacked by shifts
+   alone.
    F32    [panel][input][16]
    BF16   [panel][input / 2][16]
    INT8   [panel][input / 4][16], scales [panel][group][16]; weight = scale * q
@@ -59,17 +61,18 @@ typedef struct {
     Linear head;
 } Model;
 
-/* Rows that are in a step, and room to work in. */
+/* Rows that are in a step, and room to work in. What is small every thread computes for itself, in room of its own: that
+   takes less time than waiting for the others. */
 typedef struct {
-    int64_t rows;
+    int64_t threads, rows;
     const int32_t *positions; /* of the token that is read: so many keys come before it */
     const int32_t *tables;    /* [row][max_blocks]: where its keys and values are */
     int64_t max_blocks;
     float *x;       /* [row][hidden]: embeddings in */
-    float *normed;  /* [row][hidden] */
+    float *normed;  /* [thread][row][hidden] */
     float *qkv;     /* [row][(heads + 2 * kv_heads) * head_dim] */
     float *partial; /* [row][head][span][head_dim + 2]: weighted values, highest score, sum of weights */
-    float *mixed;   /* [row][heads * head_dim] */
+    float *mixed;   /* [thread][row][heads * head_dim] */
     float *mlp;     /* [row][intermediate] */
     float *logits;  /* [row][vocabulary] */
 } Step;
@@ -90,10 +93,12 @@ INLINE f32 load_bf16(const uint16_t *from) {
     return (f32)(__builtin_convertvector(v, u32) << 16);
 }
 
-INLINE u16 to_bf16(f32 v) { /* to nearest, ties to even */
-    u32 bits = (u32)v;
-    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16);
+INLINE u32 round_bits(f32 v) { /* the upper halves become bfloat16: to nearest, ties to even */
+    const u32 bits = (u32)v;
+    return bits + 0x7fff + ((bits >> 16) & 1);
 }
+
+INLINE u16 to_bf16(f32 v) { return __builtin_convertvector(round_bits(v) >> 16, u16); }
 
 INLINE f32 load_f16(const uint16_t *from) { /* finite numbers only */
     u16 v;
@@ -217,7 +222,7 @@ TILE(2, 8)
 
 INLINE void put(const Linear *w, enum then then, int64_t panel, f32 sum, float *y) {
     if (w->bias) sum += load(w->bias + panel * LANES);
-    if ((panel + 1) * LANES > w->outputs) { /* the last panel is filled up with zeros */
+    if ((panel + 1) * LANES > w->outputs) { /* the last panels are filled up with zeros */
         float rest[LANES];
         store(rest, sum);
         for (int64_t i = panel * LANES; i < w->outputs; i++) y[i] = rest[i - panel * LANES];
@@ -253,7 +258,7 @@ INLINE void finish(const Linear *w, enum then then, int64_t panel, int panels, i
 /* y = x w' for all rows; called by all threads of a team, which share the panels. */
 INLINE void multiply_kind(const Linear *w, int kind, enum then then, int64_t rows, const float *x, float *y,
                           int64_t y_stride) {
-    const int64_t inputs = w->inputs, groups = inputs / GROUP, panels = (w->outputs + LANES - 1) / LANES;
+    const int64_t inputs = w->inputs, groups = inputs / GROUP, panels = (w->outputs + 2 * LANES - 1) / (2 * LANES) * 2;
     float x_sums[kind == INT4 ? rows * groups : 1];
     if (kind == INT4)
         for (int64_t i = 0; i < rows * groups; i++)
@@ -291,9 +296,9 @@ static void multiply(const Linear *w, enum then then, int64_t rows, const float 
 
 /* ---- the rest of a layer ---- */
 
+/* y = x over its root mean square, times weight; every thread does all rows. */
 static void normalise(const Model *model, const float *weight, int64_t rows, const float *x, float *y) {
     const int64_t hidden = model->hidden;
-#pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         const float *from = x + row * hidden;
         f32 squares = {};
@@ -304,39 +309,35 @@ static void normalise(const Model *model, const float *weight, int64_t rows, con
     }
 }
 
-/* Turn queries and keys by their positions, and put keys and values into their blocks. */
-static void place(const Model *model, const Layer *layer, const Step *step) {
-    const int64_t size = model->head_dim, half = size / 2, stride = (model->heads + 2 * model->kv_heads) * size;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < step->rows; row++) {
-        const int64_t position = step->positions[row];
-        const float *cosines = model->cosines + position * half, *sines = model->sines + position * half;
-        const float scale = 1 / sqrtf(size); /* of scores; queries carry it */
-        float *heads = step->qkv + row * stride;
-        for (int64_t head = 0; head < model->heads + model->kv_heads; head++) {
-            float *a = heads + head * size, *b = a + half;
-            for (int64_t i = 0; i < half; i++) {
-                const float by = head < model->heads ? scale : 1, x = a[i] * by, y = b[i] * by;
-                a[i] = x * cosines[i] - y * sines[i];
-                b[i] = y * cosines[i] + x * sines[i];
-            }
+/* Turn a head by its position and scale it. */
+INLINE void turn(const Model *model, int64_t position, float scale, const float *head, float *turned) {
+    const int64_t half = model->head_dim / 2;
+    const float *cosines = model->cosines + position * half, *sines = model->sines + position * half;
+    for (int64_t i = 0; i < half; i++) {
+        const float a = head[i] * scale, b = head[i + half] * scale;
+        turned[i] = a * cosines[i] - b * sines[i];
+        turned[i + half] = b * cosines[i] + a * sines[i];
+    }
+}
+
+/* Put a row's key and value of one head into their block. */
+static void place(const Model *model, const Layer *layer, const Step *step, int64_t row, int64_t kv_head) {
+    const int64_t size = model->head_dim, position = step->positions[row], slot = position % LANES;
+    const float *heads = step->qkv + row * (model->heads + 2 * model->kv_heads) * size;
+    const float *value = heads + (model->heads + model->kv_heads + kv_head) * size;
+    float key[MAX_HEAD_DIM];
+    turn(model, position, 1, heads + (model->heads + kv_head) * size, key);
+    const int64_t block = step->tables[row * step->max_blocks + position / LANES];
+    const int64_t at = (block * model->kv_heads + kv_head) * size * LANES;
+    if (model->kv_kind == BF16) {
+        for (int64_t i = 0; i < size; i += LANES) {
+            const u16 narrow_key = to_bf16(load(key + i)), narrow_value = to_bf16(load(value + i));
+            for (int64_t j = 0; j < LANES; j++) ((uint16_t *)layer->keys)[at + (i + j) * LANES + slot] = narrow_key[j];
+            memcpy((uint16_t *)layer->values + at + slot * size + i, &narrow_value, sizeof narrow_value);
         }
-        const int64_t block = step->tables[row * step->max_blocks + position / LANES], slot = position % LANES;
-        const float *keys = heads + model->heads * size, *values = keys + model->kv_heads * size;
-        for (int64_t head = 0; head < model->kv_heads; head++) {
-            const int64_t at = (block * model->kv_heads + head) * size * LANES;
-            if (model->kv_kind == BF16) {
-                for (int64_t i = 0; i < size; i += LANES) {
-                    u16 key = to_bf16(load(keys + head * size + i)), value = to_bf16(load(values + head * size + i));
-                    for (int64_t j = 0; j < LANES; j++)
-                        ((uint16_t *)layer->keys)[at + (i + j) * LANES + slot] = key[j];
-                    memcpy((uint16_t *)layer->values + at + slot * size + i, &value, sizeof value);
-                }
-            } else {
-                for (int64_t i = 0; i < size; i++) ((float *)layer->keys)[at + i * LANES + slot] = keys[head * size + i];
-                memcpy((float *)layer->values + at + slot * size, values + head * size, size * sizeof(float));
-            }
-        }
+    } else {
+        for (int64_t i = 0; i < size; i++) ((float *)layer->keys)[at + i * LANES + slot] = key[i];
+        memcpy((float *)layer->values + at + slot * size, value, size * sizeof(float));
     }
 }
 
@@ -415,47 +416,55 @@ ATTEND(1)
 
 static int64_t num_spans(int64_t keys) { return (keys + SPAN - 1) / SPAN; }
 
-static void attend(const Model *model, const Layer *layer, const Step *step) {
+/* Attention of all rows in pieces: a row, a key-value head, a span of keys. The piece with the last span, which its own
+   key belongs to, puts that in its place first. */
+static void attend(const Model *model, const Layer *layer, const Step *step, int64_t most_spans) {
     const int64_t size = model->head_dim, stride = (model->heads + 2 * model->kv_heads) * size;
-    const int64_t shared = model->heads / model->kv_heads;
-    int64_t most_spans = 1;
-    for (int64_t row = 0; row < step->rows; row++)
-        if (num_spans(step->positions[row] + 1) > most_spans) most_spans = num_spans(step->positions[row] + 1);
-    const int64_t entry = size + 2, out_stride = most_spans * entry;
+    const int64_t shared = model->heads / model->kv_heads, entry = size + 2, out_stride = most_spans * entry;
+    const float scale = 1 / sqrtf(size);
 #pragma omp for schedule(dynamic, 1) collapse(3)
     for (int64_t span = 0; span < most_spans; span++)
         for (int64_t row = 0; row < step->rows; row++)
             for (int64_t kv_head = 0; kv_head < model->kv_heads; kv_head++) {
-                const int64_t keys = step->positions[row] + 1, first = span * SPAN;
+                const int64_t position = step->positions[row], keys = position + 1, first = span * SPAN;
                 if (first >= keys) continue;
                 const int64_t end = first + SPAN < keys ? first + SPAN : keys;
+                if (end == keys) place(model, layer, step, row, kv_head);
                 const int32_t *table = step->tables + row * step->max_blocks;
                 for (int64_t g = 0; g < shared;) {
                     const int64_t head = kv_head * shared + g, left = shared - g;
-                    const float *queries = step->qkv + row * stride + head * size;
+                    const int64_t take = left < 4 ? left : 4;
+                    float queries[4 * MAX_HEAD_DIM];
+                    for (int64_t i = 0; i < take; i++)
+                        turn(model, position, scale, step->qkv + row * stride + (head + i) * size, queries + i * size);
                     float *out = step->partial + (row * model->heads + head) * out_stride + span * entry;
 #define TAKE(N)                                                                                                        \
     if (model->kv_kind == BF16)                                                                                        \
         attend_##N(model, layer, BF16, table, kv_head, queries, first, end, out, out_stride);                          \
     else                                                                                                               \
-        attend_##N(model, layer, F32, table, kv_head, queries, first, end, out, out_stride);                           \
-    g += N
-                    if (left >= 4) { TAKE(4); }
-                    else if (left == 3) { TAKE(3); }
-                    else if (left == 2) { TAKE(2); }
-                    else { TAKE(1); }
+        attend_##N(model, layer, F32, table, kv_head, queries, first, end, out, out_stride)
+                    switch (take) {
+                        case 4: TAKE(4); break;
+                        case 3: TAKE(3); break;
+                        case 2: TAKE(2); break;
+                        default: TAKE(1);
+                    }
+                    g += take;
                 }
             }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < step->rows * model->heads; i++) {
+}
+
+/* Put the pieces of attention together; every thread does all rows. */
+static void combine(const Model *model, const Step *step, int64_t most_spans, float *mixed) {
+    const int64_t size = model->head_dim, entry = size + 2;
+    for (int64_t i = 0; i < step->rows * model->heads; i++, mixed += size) {
         const int64_t spans = num_spans(step->positions[i / model->heads] + 1);
-        const float *parts = step->partial + i * out_stride;
-        float *mixed = step->mixed + i * size;
+        const float *parts = step->partial + i * most_spans * entry;
         float most = parts[size], sum = 0;
         for (int64_t span = 1; span < spans; span++) most = fmaxf(most, parts[span * entry + size]);
         memset(mixed, 0, size * sizeof(float));
         for (int64_t span = 0; span < spans; span++) {
-            const float *part = parts + span * entry, weight = expf(part[size] - most);
+            const float *part = parts + span * entry, weight = spans == 1 ? 1 : expf(part[size] - most);
             sum += weight * part[size + 1];
             for (int64_t d = 0; d < size; d++) mixed[d] += weight * part[d];
         }
@@ -464,22 +473,28 @@ static void attend(const Model *model, const Layer *layer, const Step *step) {
 }
 
 void decode(const Model *model, const Step *step) {
-    const int64_t rows = step->rows, mixed = (model->heads + 2 * model->kv_heads) * model->head_dim;
-#pragma omp parallel
+    const int64_t rows = step->rows, heads = model->heads * model->head_dim;
+    const int64_t qkv = heads + 2 * model->kv_heads * model->head_dim;
+    int64_t most_spans = 1;
+    for (int64_t row = 0; row < rows; row++)
+        if (num_spans(step->positions[row] + 1) > most_spans) most_spans = num_spans(step->positions[row] + 1);
+#pragma omp parallel num_threads(step->threads)
     {
+        float *normed = step->normed + omp_get_thread_num() * rows * model->hidden;
+        float *mixed = step->mixed + omp_get_thread_num() * rows * heads;
         for (int64_t i = 0; i < model->num_layers; i++) {
             const Layer *layer = model->layers + i;
-            normalise(model, layer->attention_norm, rows, step->x, step->normed);
-            multiply(&layer->qkv, SET, rows, step->normed, step->qkv, mixed);
-            place(model, layer, step);
-            attend(model, layer, step);
-            multiply(&layer->out, ADD, rows, step->mixed, step->x, model->hidden);
-            normalise(model, layer->mlp_norm, rows, step->x, step->normed);
-            multiply(&layer->gate_up, GATE, rows, step->normed, step->mlp, model->intermediate);
+            normalise(model, layer->attention_norm, rows, step->x, normed);
+            multiply(&layer->qkv, SET, rows, normed, step->qkv, qkv);
+            attend(model, layer, step, most_spans);
+            combine(model, step, most_spans, mixed);
+            multiply(&layer->out, ADD, rows, mixed, step->x, model->hidden);
+            normalise(model, layer->mlp_norm, rows, step->x, normed);
+            multiply(&layer->gate_up, GATE, rows, normed, step->mlp, model->intermediate);
             multiply(&layer->down, ADD, rows, step->mlp, step->x, model->hidden);
         }
-        normalise(model, model->norm, rows, step->x, step->normed);
-        multiply(&model->head, SET, rows, step->normed, step->logits, model->head.outputs);
+        normalise(model, model->norm, rows, step->x, normed);
+        multiply(&model->head, SET, rows, normed, step->logits, model->head.outputs);
     }
 }
 
@@ -502,16 +517,19 @@ INLINE void transpose(f32 v[LANES]) {
     }
 }
 
+/* Two rows of bfloat16 in one of 32-bit words. */
+INLINE f32 pair(f32 low, f32 high) { return (f32)(round_bits(low) >> 16 | (round_bits(high) & 0xffff0000)); }
+
 INLINE void unpack_kind(const Linear *w, int kind, int out_kind, void *out) {
     const int64_t inputs = w->inputs, groups = inputs / GROUP, panels = (w->outputs + LANES - 1) / LANES;
-    const int in_word = per_word(kind);
+    const int in_word = per_word(kind), width = out_kind == BF16 ? GROUP : LANES; /* inputs in 64 bytes */
 #pragma omp parallel for schedule(static)
     for (int64_t panel = 0; panel < panels; panel++) {
         const int64_t row = w->is_interleaved ? panel / 2 * LANES + panel % 2 * (w->outputs / 2) : panel * LANES;
         const int64_t rows = panel * LANES + LANES > w->outputs ? w->outputs - panel * LANES : LANES;
-        for (int64_t k = 0; k < inputs; k += LANES) {
-            f32 v[LANES];
-            UNROLL for (int i = 0; i < LANES; i += in_word) {
+        for (int64_t k = 0; k < inputs; k += width) {
+            f32 v[GROUP];
+            UNROLL for (int i = 0; i < width; i += in_word) {
                 const u32 words = load_words(w->weights + (panel * inputs + k + i) / in_word * LANES);
                 UNROLL for (int j = 0; j < in_word; j++) v[i + j] = input_of(kind, words, j);
             }
@@ -519,17 +537,11 @@ INLINE void unpack_kind(const Linear *w, int kind, int out_kind, void *out) {
                 const int per_group = kind == INT8 ? 1 : 2;
                 const uint16_t *scales = w->scales + (panel * groups + k / GROUP) * per_group * LANES;
                 const f32 scale = load_f16(scales), minimum = kind == INT4 ? load_f16(scales + LANES) : (f32){};
-                UNROLL for (int i = 0; i < LANES; i++) v[i] = v[i] * scale + minimum;
+                UNROLL for (int i = 0; i < width; i++) v[i] = v[i] * scale + minimum;
             }
+            if (out_kind == BF16) UNROLL for (int i = 0; i < LANES; i++) v[i] = pair(v[2 * i], v[2 * i + 1]);
             transpose(v);
-            for (int64_t i = 0; i < rows; i++) {
-                if (out_kind == BF16) {
-                    u16 narrow = to_bf16(v[i]);
-                    memcpy((uint16_t *)out + (row + i) * inputs + k, &narrow, sizeof narrow);
-                } else {
-                    store((float *)out + (row + i) * inputs + k, v[i]);
-                }
-            }
+            for (int64_t i = 0; i < rows; i++) store((float *)out + ((row + i) * inputs + k) * LANES / width, v[i]);
         }
     }
 }

@@ -30,6 +30,7 @@ SOURCE = Path(__file__).with_name("kernel.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 SPAN = 512
 """Keys that one piece of attention covers."""
+MAX_HEAD_DIM = 256
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Step(Structure):
     """Rows that are in a step, and room to work in."""
 
     _fields_ = (
+        ("threads", c_int64),
         ("rows", c_int64),
         ("positions", c_void_p),
         ("tables", c_void_p),
@@ -106,7 +108,11 @@ def library() -> ctypes.CDLL | None:
             log.warning("%s cannot compile %s, so decoding takes torch's slower way: %s", compiler, SOURCE, reason)
             return None
     torch.get_num_threads()  # torch's OpenMP runtime is there first, and becomes the kernel's too: one team of threads
-    loaded = ctypes.CDLL(str(target))
+    try:
+        loaded = ctypes.CDLL(str(target))
+    except OSError as error:  # a directory that nothing may be run from, or a damaged file
+        log.warning("%s cannot be loaded, so decoding takes torch's slower way: %s", target, error)
+        return None
     loaded.decode.argtypes = [POINTER(Model), POINTER(Step)]
     loaded.decode.restype = None
     loaded.unpack.argtypes = [POINTER(Linear), c_int64, c_void_p]
@@ -152,12 +158,13 @@ class Decoder:
         blocks = torch.tensor([(table + [0] * max_blocks)[:max_blocks] for table in tables], dtype=torch.int32)
         spans = -(-max_blocks * BLOCK // SPAN)
         logits = torch.empty(rows, self._model.head.outputs)
-        widths = (self._hidden, self._qkv, self._heads * spans * (self._head_dim + 2), self._mixed, self._mlp)
+        threads = torch.get_num_threads()
+        partial = self._heads * spans * (self._head_dim + 2)
+        widths = (threads * self._hidden, self._qkv, partial, threads * self._mixed, self._mlp)
         room = [torch.empty(rows * width) for width in widths]
-        step = Step(
-            rows, where.data_ptr(), blocks.data_ptr(), max_blocks, x.data_ptr(), *(tensor.data_ptr() for tensor in room)
-        )
-        step.logits = logits.data_ptr()
+        arrays = (where, blocks), (x, *room, logits)
+        places, floats = ([tensor.data_ptr() for tensor in group] for group in arrays)
+        step = Step(threads, rows, *places, max_blocks, *floats)
         self._library.decode(ctypes.byref(self._model), ctypes.byref(step))
         return logits
 
@@ -165,7 +172,7 @@ class Decoder:
         matrix, bias = projection.matrix, projection.bias
         assert isinstance(matrix, PackedMatrix)
         if bias is not None:
-            panels = torch.nn.functional.pad(bias.float(), (0, -len(bias) % PANEL)).view(-1, PANEL)
+            panels = torch.nn.functional.pad(bias.float(), (0, -len(bias) % (2 * PANEL))).view(-1, PANEL)
             if matrix.is_interleaved:
                 panels = panels.unflatten(0, (2, -1)).transpose(0, 1)
             bias = panels.contiguous()
@@ -173,12 +180,10 @@ class Decoder:
         return _linear(matrix, bias)
 
 
-def unpack(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    """The matrix, (outputs, inputs) in float32 or bfloat16; several times as quick as `matrix.unpack()`."""
-    plain = torch.empty(matrix.outputs, matrix.inputs, dtype=dtype)
-    kind = Format.BFLOAT16 if dtype == torch.bfloat16 else Format.FLOAT32
-    loaded().unpack(ctypes.byref(_linear(matrix, None)), kind, plain.data_ptr())
-    return plain
+def unpack(matrix: PackedMatrix, into: Tensor) -> None:
+    """Write a matrix plainly: (outputs, inputs), float32 or bfloat16. Many times as quick as `matrix.unpack()`."""
+    kind = Format.BFLOAT16 if into.dtype == torch.bfloat16 else Format.FLOAT32
+    loaded().unpack(ctypes.byref(_linear(matrix, None)), kind, into.data_ptr())
 
 
 def _linear(matrix: PackedMatrix, bias: Tensor | None) -> Linear:
@@ -211,7 +216,8 @@ def _compile(compiler: str, target: Path) -> None:
 
 def _identity(compiler: str) -> str:
     """What tells this machine's kernel from others that share the cache."""
-    about = Path("/proc/cpuinfo")
-    flags = next((line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    about = Path("/proc/cpuinfo")  # on Linux
+    lines = about.read_text().splitlines() if about.is_file() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     parts = (SOURCE.read_text(), *FLAGS, compiler, platform.machine(), platform.processor(), flags)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -37,11 +37,16 @@ class PackedMatrix:
     inputs: int
     weights: Tensor
     """FLOAT32: (panels, inputs, 16). Else 32-bit words of (panels, inputs / inputs per word, 16); a word holds inputs
-    that follow one another, from its low end up."""
+    that follow one another, from its low end up. The kernel reads panels two at a time, so their number is even."""
     is_interleaved: bool
     """The panels of the first half of the outputs and those of the second half take turns."""
     scales: Tensor | None
     """float16. INT8: (panels, groups, 1, 16). INT4: (panels, groups, 2, 16), scale and minimum."""
+
+    @property
+    def num_weights(self) -> int:
+        """How many they are."""
+        return self.outputs * self.inputs
 
     @property
     def num_bytes(self) -> int:
@@ -77,7 +82,9 @@ def pack(matrix: Tensor, format: Format, *, interleave: bool = False) -> PackedM
     outputs, inputs = matrix.shape
     if inputs % (GROUP if format in _BITS else 2 if format is Format.BFLOAT16 else 1):
         raise ValueError(f"{inputs} inputs are no whole number of groups for {format.name}")
-    panels = pad(matrix, (0, 0, 0, -outputs % PANEL)).view(-1, PANEL, inputs).transpose(1, 2)
+    if interleave and outputs % (2 * PANEL):
+        raise ValueError(f"{outputs} outputs are no two halves of whole panels")
+    panels = pad(matrix, (0, 0, 0, -outputs % (2 * PANEL))).view(-1, PANEL, inputs).transpose(1, 2)
     if interleave:
         panels = panels.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
     if format is Format.FLOAT32:

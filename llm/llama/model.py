@@ -21,11 +21,14 @@ class Llama:
 
     def __init__(self, weights: Weights, num_blocks: int) -> None:
         self.weights = weights
+        self.num_blocks = num_blocks
         shape = (num_blocks, weights.kv_heads, weights.head_dim, BLOCK)
+        # Not zeros, which would take all of the memory at once.
         self._keys = [torch.empty(shape, dtype=weights.dtype, device=layer.device) for layer in weights.layers]
         # Values lie the other way round, so that both products of attention read memory in order.
         self._values = [keys.new_empty(*shape[:2], BLOCK, weights.head_dim) for keys in self._keys]
         self._decoder = Decoder(weights, self._keys, self._values) if weights.is_packed else None
+        self._plain = torch.empty(weights.largest_matrix, dtype=weights.dtype) if weights.is_packed else None
 
     @torch.inference_mode()
     def prefill(self, ids: list[int], start: int, blocks: list[int]) -> None:
@@ -38,15 +41,16 @@ class Llama:
         positions = torch.arange(start, end, device=device)
         table = torch.tensor(blocks[: -(-end // BLOCK)], device=device)
         turns = _turns(weights, positions)
+        mask = torch.full((len(ids), len(ids)), -torch.inf, dtype=weights.dtype, device=device).triu_(1)
         x = functional.embedding(torch.tensor(ids, device=device), weights.embedding)
         for number, layer in enumerate(weights.layers):
-            x, table, positions = (tensor.to(layer.device) for tensor in (x, table, positions))
+            x, table, positions, mask = (tensor.to(layer.device) for tensor in (x, table, positions, mask))
             q, k, v = self._qkv(layer, x, turns)
             self._write(number, table[positions // BLOCK], positions % BLOCK, k, v)
             if number == len(weights.layers) - 1:
                 return  # nobody asks for what comes after the last keys and values
             keys, values = self._read(number, table, end)
-            mixed = _attend_to_prefix(q, keys, values)
+            mixed = _attend_to_prefix(q, keys, values, mask)
             x = self._rest(layer, x, mixed)
 
     @torch.inference_mode()
@@ -104,7 +108,10 @@ class Llama:
     def _project(self, projection: Projection, x: Tensor) -> Tensor:
         matrix = projection.matrix
         if isinstance(matrix, PackedMatrix):
-            matrix = unpack(matrix, self.weights.dtype)
+            assert self._plain is not None
+            plain = self._plain[: matrix.num_weights].view(matrix.outputs, matrix.inputs)
+            unpack(matrix, plain)
+            matrix = plain
         return functional.linear(x, matrix, projection.bias)
 
     def _write(self, layer: int, blocks: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -153,12 +160,15 @@ class _Group:
         grouped = q.unflatten(1, (kv_heads, -1))
         own_keys = keys[self._tables].permute(0, 2, 3, 1, 4).flatten(3)
         own_values = values[self._tables].transpose(1, 2).flatten(2, 3)
+        # What is beyond may be anything, and a weight of zero does not take NaN or infinity away.
+        own_values.masked_fill_(self._is_beyond[:, None, :, None], 0)
         scores = (grouped @ own_keys).masked_fill_(self._is_beyond[:, None, None], -torch.inf)
         return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ own_values).flatten(1, 2)
 
 
-def _attend_to_prefix(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Queries (tokens, heads, head_dim) of the last tokens of a sequence, over all up to themselves.
+def _attend_to_prefix(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Queries (tokens, heads, head_dim) of the last tokens of a sequence, over all up to themselves: `mask`, to be added
+    to the scores among themselves, is -inf above its diagonal.
 
     The heads that share keys and values are stacked in one plain product: on CPUs that is several times as quick as
     torch's `scaled_dot_product_attention`.
@@ -166,8 +176,7 @@ def _attend_to_prefix(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     num_tokens, kv_heads = q.shape[0], keys.shape[0]
     grouped = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
     scores = (grouped.flatten(1, 2) @ keys).unflatten(1, (-1, num_tokens))
-    is_later = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=q.device).triu_(1)
-    scores[..., -num_tokens:].masked_fill_(is_later, -torch.inf)
+    scores[..., -num_tokens:] += mask
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     mixed = (weights.flatten(1, 2) @ values).unflatten(1, (-1, num_tokens))
     return mixed.permute(2, 0, 1, 3).flatten(1, 2)

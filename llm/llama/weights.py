@@ -18,7 +18,10 @@ ARCHITECTURES = ("llama", "mistral", "qwen2")
 """Values of `model_type` whose layers are Llama's; Qwen 2 adds biases."""
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not change with the length of a text."""
-QUANTIZE = {"none": None, "int8": Format.INT8, "int4": Format.INT4}
+QUANTIZE = ("auto", "none", "int8", "int4")
+ROUNDING = 2**-7
+"""How far apart a weight of bfloat16 and what its group makes of it are, relative to the greatest in the group: it was
+rounded, and so were the least and the greatest, which the group is made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +72,27 @@ class Weights:
         return self.embedding.shape[1]
 
     @property
+    def largest_matrix(self) -> int:
+        """Weights of the largest matrix in a layer."""
+        layer = self.layers[0]
+        matrices = (projection.matrix for projection in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        return max(matrix.num_weights if isinstance(matrix, PackedMatrix) else matrix.numel() for matrix in matrices)
+
+    @property
     def is_packed(self) -> bool:
         """True if the CPU's kernel can decode with them."""
         return isinstance(self.head.matrix, PackedMatrix)
 
 
-def take_weights(model: PreTrainedModel, *, context: int, quantize: str = "none") -> Weights:
+def take_weights(model: PreTrainedModel, *, context: int, quantize: str = "auto") -> Weights:
     """Take a loaded model apart; it is of no use afterwards.
 
     Args:
         model: A causal language model of Llama's architecture.
         context: Tokens that positions are made for.
-        quantize: `none`, `int8` or `int4`. The output head keeps at least 8 bits, as is usual: it costs little, and
-            the choice between likely tokens hangs on it.
+        quantize: `none`, `int8`, `int4`, or `auto`: `int4` where the kernel runs and the weights had been rounded to
+            such groups before (a Q4_1 GGUF), so that nothing is lost; else `none`. The output head of a quantised
+            model keeps 8 bits, as is usual: the choice between likely tokens hangs on it.
 
     Raises:
         UnsupportedModel: It is of another architecture, or its sizes cannot be quantised.
@@ -93,15 +104,16 @@ def take_weights(model: PreTrainedModel, *, context: int, quantize: str = "none"
     _refuse_others(config, context)
     parts: Any = model
     on_kernel = kernel_runs(model)
-    quantised = QUANTIZE[quantize]
-    if quantised and not on_kernel:
+    if quantize == "auto":
+        quantize = "int4" if on_kernel and _is_on_grid(parts.model.layers[0].mlp.down_proj.weight) else "none"
+    if quantize != "none" and not on_kernel:
         raise UnsupportedModel(
-            f"{quantize} weights need the CPU's kernel (a C compiler, a CPU, and bfloat16 or float32): "
-            "set SERVE_QUANTIZE=none"
+            f"{quantize} weights need the CPU's kernel (a CPU, a C compiler, bfloat16 or float32, and layers whose "
+            f"sizes are multiples of {GROUP}): set SERVE_QUANTIZE=none"
         )
     plain = Format.FLOAT32 if model.dtype == torch.float32 else Format.BFLOAT16
-    packer = _Packer(on_kernel, quantised or plain)
-    head_packer = _Packer(on_kernel, Format.INT8 if quantised else plain)
+    packer = _Packer(on_kernel, {"none": plain, "int8": Format.INT8, "int4": Format.INT4}[quantize])
+    head_packer = _Packer(on_kernel, plain if quantize == "none" else Format.INT8)
     embedding = parts.model.embed_tokens.weight.detach()
     head = head_packer.projection(parts.lm_head)
     layers = tuple(_layer(layer, packer) for layer in parts.model.layers)
@@ -130,10 +142,20 @@ def kernel_runs(model: PreTrainedModel) -> bool:
         model.device.type == "cpu"
         and model.dtype in (torch.float32, torch.bfloat16)
         and _head_dim(config) % PANEL == 0
+        and _head_dim(config) <= kernel.MAX_HEAD_DIM
         and heads % kv_heads == 0
         and all(size % GROUP == 0 for size in sizes)
         and kernel.library() is not None
     )
+
+
+def _is_on_grid(matrix: Tensor) -> bool:
+    """True if a matrix has groups of no more than 16 evenly spaced weights: it comes from such a format."""
+    if matrix.shape[1] % GROUP:
+        return False
+    groups = matrix.detach().float().unflatten(1, (-1, GROUP))
+    difference = (pack(matrix.detach(), Format.INT4).unpack().view_as(groups) - groups).abs()
+    return bool((difference <= ROUNDING * groups.abs().amax(-1, keepdim=True)).all())
 
 
 @dataclass(frozen=True, slots=True)

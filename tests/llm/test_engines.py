@@ -9,36 +9,36 @@ from typing import Any
 
 import pytest
 
-from llm.engine import EngineState, Request
+from llm.engine import Engine, EngineState, Request
 from llm.errors import ContextOverflow, DeadlineExceeded, EngineDead, EngineLoading, InvalidOption, QueueFull
 from llm.generation import Chunk, FinishReason, Generation
 from llm.local_engine import LocalEngine
 from llm.sampling import Sampling
 from llm.scripted_engine import ScriptedEngine
-from llm.serial_engine import SerialEngine
 
+SLOTS = 4
 MAX_QUEUE = 4
 
 
 @pytest.fixture(scope="module")
-def scripted() -> Iterator[SerialEngine]:
-    engine = ScriptedEngine("abcdefgh" * 1000, token_delay_s=0.002, max_queue=MAX_QUEUE)
+def scripted() -> Iterator[Engine]:
+    engine = ScriptedEngine("abcdefgh" * 1000, token_delay_s=0.002, max_slots=SLOTS, max_queue=MAX_QUEUE)
     engine.wait_until_ready(60)
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def local(tiny_llama3: Path) -> Iterator[SerialEngine]:
-    engine = LocalEngine(str(tiny_llama3), max_queue=MAX_QUEUE)
+def local(tiny_llama3: Path) -> Iterator[Engine]:
+    engine = LocalEngine(str(tiny_llama3), max_slots=SLOTS, max_queue=MAX_QUEUE)
     engine.wait_until_ready(60)
     yield engine
     engine.close()
 
 
 @pytest.fixture(params=["scripted", "local"])
-def engine(request: pytest.FixtureRequest) -> SerialEngine:
-    chosen: SerialEngine = request.getfixturevalue(request.param)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    chosen: Engine = request.getfixturevalue(request.param)
     return chosen
 
 
@@ -59,12 +59,21 @@ def eventually(is_true: Callable[[], bool], within_s: float = 5) -> None:
         time.sleep(0.005)
 
 
-def is_idle(engine: SerialEngine) -> bool:
+def fill(engine: Engine) -> list[Generation]:
+    """Take all slots, each with a long answer for a caller of its own."""
+    generations = []
+    for index in range(engine.health().slots):
+        generations.append(engine.generate(ask()))
+        eventually(lambda expected=index + 1: engine.health().running == expected)  # type: ignore[misc]
+    return generations
+
+
+def is_idle(engine: Engine) -> bool:
     health = engine.health()
     return (health.running, health.waiting) == (0, 0)
 
 
-def test_a_request_is_answered_with_its_usage(engine: SerialEngine) -> None:
+def test_a_request_is_answered_with_its_usage(engine: Engine) -> None:
     answer = whole(engine.generate(ask(5, temperature=0)))
 
     assert len(answer.token_ids) == 5
@@ -73,7 +82,7 @@ def test_a_request_is_answered_with_its_usage(engine: SerialEngine) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (10, 5)
 
 
-async def test_sync_and_async_readers_get_the_same(engine: SerialEngine) -> None:
+async def test_sync_and_async_readers_get_the_same(engine: Engine) -> None:
     request = ask(20, temperature=0)
 
     chunks = [chunk async for chunk in engine.generate(request)]
@@ -81,11 +90,39 @@ async def test_sync_and_async_readers_get_the_same(engine: SerialEngine) -> None
     assert sum(chunks, Chunk()) == whole(engine.generate(request))
 
 
-def test_tokens_stream(engine: SerialEngine) -> None:
+def test_tokens_stream(engine: Engine) -> None:
     assert len(list(engine.generate(ask(30)))) > 1
 
 
-def test_requests_are_served_in_order(engine: SerialEngine) -> None:
+def test_requests_are_generated_together(engine: Engine) -> None:
+    generations = [engine.generate(ask(100)) for _ in range(3)]
+    answers = [whole(generation) for generation in generations]
+
+    assert [len(answer.token_ids) for answer in answers] == [100] * 3
+    first_end = min(generation.timings.ended or 0 for generation in generations)
+    assert all((generation.timings.first_token or first_end) < first_end for generation in generations)
+
+
+def test_what_is_generated_does_not_depend_on_who_shares_the_batch(engine: Engine) -> None:
+    requests = [ask(10 + 3 * index, prompt=5 + 11 * index, temperature=0) for index in range(MAX_QUEUE)]
+    alone = [whole(engine.generate(request)).token_ids for request in requests]
+
+    generations = [engine.generate(request) for request in requests]
+
+    assert [whole(generation).token_ids for generation in generations] == alone
+
+
+def test_prompts_are_counted(engine: Engine) -> None:
+    before = engine.health()
+
+    whole(engine.generate(ask(1, prompt=10)))
+
+    after = engine.health()
+    assert after.prompt_tokens - before.prompt_tokens == 10
+    assert 0 <= after.cached_tokens - before.cached_tokens < 10
+
+
+def test_requests_are_served_in_order(engine: Engine) -> None:
     generations = [engine.generate(ask(10)) for _ in range(MAX_QUEUE)]
 
     for generation in generations:
@@ -95,22 +132,21 @@ def test_requests_are_served_in_order(engine: SerialEngine) -> None:
     assert admitted == sorted(admitted, key=lambda moment: moment or 0)
 
 
-def test_a_full_queue_refuses_with_the_numbers(engine: SerialEngine) -> None:
-    running = engine.generate(ask())
-    next(running)
+def test_a_full_queue_refuses_with_the_numbers(engine: Engine) -> None:
+    running = fill(engine)
     waiting = [engine.generate(ask(1)) for _ in range(MAX_QUEUE)]
+    assert engine.health().is_full
 
     with pytest.raises(QueueFull, match=f"{MAX_QUEUE} requests wait already"):
         engine.generate(ask(1))
 
-    for generation in [running, *waiting]:
+    for generation in [*running, *waiting]:
         generation.cancel()
     eventually(lambda: is_idle(engine))
 
 
-def test_a_waiting_request_leaves_the_queue_at_once_when_cancelled(engine: SerialEngine) -> None:
-    running = engine.generate(ask())
-    next(running)
+def test_a_waiting_request_leaves_the_queue_at_once_when_cancelled(engine: Engine) -> None:
+    running = fill(engine)
     waiting = engine.generate(ask())
     assert engine.health().waiting == 1
 
@@ -118,11 +154,12 @@ def test_a_waiting_request_leaves_the_queue_at_once_when_cancelled(engine: Seria
 
     assert engine.health().waiting == 0
     assert whole(waiting).finish_reason is FinishReason.CANCELLED
-    running.cancel()
+    for generation in running:
+        generation.cancel()
     eventually(lambda: is_idle(engine))
 
 
-def test_a_running_request_ends_within_a_step_when_cancelled(engine: SerialEngine) -> None:
+def test_a_running_request_ends_within_a_step_when_cancelled(engine: Engine) -> None:
     running = engine.generate(ask())
     next(running)
 
@@ -132,7 +169,7 @@ def test_a_running_request_ends_within_a_step_when_cancelled(engine: SerialEngin
     assert whole(engine.generate(ask(1))).finish_reason is not None
 
 
-def test_a_deadline_ends_a_running_request(engine: SerialEngine) -> None:
+def test_a_deadline_ends_a_running_request(engine: Engine) -> None:
     started = time.monotonic()
 
     with pytest.raises(DeadlineExceeded, match="not finished in time"):
@@ -142,19 +179,19 @@ def test_a_deadline_ends_a_running_request(engine: SerialEngine) -> None:
     eventually(lambda: is_idle(engine))
 
 
-def test_a_deadline_ends_a_waiting_request_while_another_runs(engine: SerialEngine) -> None:
-    running = engine.generate(ask())
-    next(running)
+def test_a_deadline_ends_a_waiting_request_while_others_run(engine: Engine) -> None:
+    running = fill(engine)
 
     with pytest.raises(DeadlineExceeded):
         whole(engine.generate(ask(deadline=time.monotonic() + 0.1)))
 
-    assert not running.is_ended
-    running.cancel()
+    assert not any(generation.is_ended for generation in running)
+    for generation in running:
+        generation.cancel()
     eventually(lambda: is_idle(engine))
 
 
-def test_a_prompt_and_answer_beyond_the_context_are_refused_with_the_numbers(engine: SerialEngine) -> None:
+def test_a_prompt_and_answer_beyond_the_context_are_refused_with_the_numbers(engine: Engine) -> None:
     context = engine.checkpoint.context
 
     with pytest.raises(ContextOverflow, match=f"the prompt has {context} tokens; the context holds {context}"):
@@ -163,20 +200,20 @@ def test_a_prompt_and_answer_beyond_the_context_are_refused_with_the_numbers(eng
         engine.generate(ask(8190))
 
 
-def test_options_beyond_the_model_are_refused(engine: SerialEngine) -> None:
+def test_options_beyond_the_model_are_refused(engine: Engine) -> None:
     with pytest.raises(InvalidOption, match="top_k must be at most"):
         engine.generate(ask(top_k=engine.checkpoint.vocab_size + 1))
     with pytest.raises(InvalidOption, match="prompt must be at least one token"):
         engine.generate(ask(prompt=0))
 
 
-def test_logprobs_come_with_every_token(engine: SerialEngine) -> None:
+def test_logprobs_come_with_every_token(engine: Engine) -> None:
     answer = whole(engine.generate(ask(4, logprobs=2)))
 
     assert [item.token_id for item in answer.logprobs] == list(answer.token_ids)
 
 
-def test_a_stop_string_ends_the_answer_before_it(engine: SerialEngine) -> None:
+def test_a_stop_string_ends_the_answer_before_it(engine: Engine) -> None:
     unstopped = whole(engine.generate(ask(40, temperature=0)))
     stop = unstopped.text[3:5]
 
@@ -186,7 +223,7 @@ def test_a_stop_string_ends_the_answer_before_it(engine: SerialEngine) -> None:
     assert answer.finish_reason is FinishReason.STOP
 
 
-def test_callers_in_many_threads_all_get_their_answers(engine: SerialEngine) -> None:
+def test_callers_in_many_threads_all_get_their_answers(engine: Engine) -> None:
     answers: list[Chunk] = []
 
     def call() -> None:
@@ -206,7 +243,7 @@ def test_callers_in_many_threads_all_get_their_answers(engine: SerialEngine) -> 
     assert len(answers) == 20
 
 
-async def test_an_abandoned_async_reader_leaves_nothing_behind(engine: SerialEngine) -> None:
+async def test_an_abandoned_async_reader_leaves_nothing_behind(engine: Engine) -> None:
     generation = engine.generate(ask())
 
     async def read() -> None:
@@ -232,7 +269,7 @@ def test_health_tells_the_phases_of_a_life() -> None:
 
     engine.wait_until_ready(30)
     health = engine.health()
-    assert (health.state, health.model, health.slots, health.context) == (EngineState.READY, "a model", 1, 8192)
+    assert (health.state, health.model, health.slots, health.context) == (EngineState.READY, "a model", 16, 8192)
 
     engine.close()
     assert engine.health().state is EngineState.DEAD
@@ -241,7 +278,7 @@ def test_health_tells_the_phases_of_a_life() -> None:
 
 
 def test_closing_ends_what_runs_and_what_waits() -> None:
-    engine = ScriptedEngine("a" * 5000, token_delay_s=0.01)
+    engine = ScriptedEngine("a" * 5000, token_delay_s=0.01, max_slots=1)
     engine.wait_until_ready(30)
     running, waiting = engine.generate(ask()), engine.generate(ask())
     next(running)

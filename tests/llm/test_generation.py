@@ -1,11 +1,13 @@
 import asyncio
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from llm.errors import DeadlineExceeded, GenerationFailed
-from llm.generation import Chunk, FinishReason, Generation, Usage
+from llm.generation import Chunk, FinishReason, Generation, Usage, deliver
 
 
 def new_generation() -> Generation:
@@ -127,3 +129,95 @@ async def test_an_async_reader_does_not_hang_when_the_engine_does() -> None:
     assert (await anext(generation)).text == "a"
     with pytest.raises(DeadlineExceeded):
         await anext(generation)
+
+
+def test_a_piece_costs_the_same_however_many_were_not_read_yet() -> None:
+    generation = new_generation()
+    started = time.monotonic()
+
+    for index in range(100_000):
+        generation.deliver(Chunk("a", (index,)))
+
+    assert len(next(generation).token_ids) == 100_000
+    assert time.monotonic() - started < 5
+
+
+def test_the_whole_answer_is_read_at_once_with_what_ends_it() -> None:
+    generation = new_generation()
+    threading.Timer(0.02, generation.deliver, [Chunk("a", (1,))]).start()
+    threading.Timer(0.04, generation.deliver, [last("b")]).start()
+
+    assert generation.whole() == Chunk("ab", (1, 2), finish_reason=FinishReason.STOP, usage=Usage(3, 2))
+
+    broken = new_generation()
+    broken.deliver(Chunk("a", (1,)))
+    broken.fail(GenerationFailed("broken"))
+    with pytest.raises(GenerationFailed, match="broken"):
+        broken.whole()
+
+
+async def test_who_awaits_the_whole_answer_is_woken_for_the_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = new_generation()
+    wakes = count_wakes(monkeypatch)
+    reader = asyncio.create_task(generation.awhole())
+    await asyncio.sleep(0)
+
+    for index in range(10):
+        generation.deliver(Chunk("a", (index,)))
+    assert wakes == []
+    generation.deliver(last("b"))
+
+    assert (await reader).text == "aaaaaaaaaab"
+    assert len(wakes) == 1
+
+
+async def test_the_whole_answer_is_not_awaited_longer_than_its_deadline() -> None:
+    generation = Generation(on_cancel=lambda generation: None, deadline=past())
+
+    with pytest.raises(DeadlineExceeded):
+        await generation.awhole()
+
+
+async def test_an_event_loop_is_woken_once_for_all_that_a_step_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    generations = [new_generation() for _ in range(16)]
+    wakes = count_wakes(monkeypatch)
+    readers = [asyncio.create_task(anext(generation)) for generation in generations]
+    await asyncio.sleep(0)
+
+    for index in range(3):
+        deliver((generation, Chunk("a", (index,))) for generation in generations)
+
+    assert {chunk.text for chunk in await asyncio.gather(*readers)} == {"aaa"}
+    assert len(wakes) == 1
+
+
+def test_every_event_loop_is_woken_whose_readers_have_news() -> None:
+    generations = [new_generation() for _ in range(4)]
+    read: list[str] = []
+
+    async def read_two(first: int) -> None:
+        chunks = await asyncio.gather(*(anext(generation) for generation in generations[first : first + 2]))
+        read.extend(chunk.text for chunk in chunks)
+
+    threads = [threading.Thread(target=asyncio.run, args=[read_two(first)]) for first in (0, 2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    deliver((generation, Chunk("a", (1,))) for generation in generations)
+    for thread in threads:
+        thread.join(5)
+
+    assert read == ["a"] * 4
+
+
+def count_wakes(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is done to wake the running event loop from now on."""
+    loop, wakes = asyncio.get_running_loop(), list[object]()
+    wake = loop.call_soon_threadsafe
+
+    def counted(callback: Callable[..., object], *args: Any) -> asyncio.Handle:
+        wakes.append(callback)
+        return wake(callback, *args)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+    return wakes

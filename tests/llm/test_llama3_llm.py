@@ -191,13 +191,13 @@ def test_a_batch_is_submitted_at_once(engine: ScriptedEngine) -> None:
     """LangChain's own loop would submit one prompt after the other, and an engine that batches would have no batch."""
     engine = ScriptedEngine("a" * 50, token_delay_s=0.005)
     engine.wait_until_ready(30)
-    waiting: list[int] = []
-    watch = threading.Timer(0.1, lambda: waiting.append(engine.health().waiting))
+    running: list[int] = []
+    watch = threading.Timer(0.1, lambda: running.append(engine.health().running))
     watch.start()
 
     LLaMA3_LLM(engine=engine).batch(["a", "b", "c", "d"])
 
-    assert waiting == [3]
+    assert running == [4]
     engine.close()
 
 

@@ -16,6 +16,8 @@ EVERY_ERROR = [
     (errors.EngineLoading("later"), 503, "loading"),
     (errors.EngineDead("dead"), 503, "engine_dead"),
     (errors.QueueFull(3), 503, "queue_full"),
+    (errors.OutOfDeviceMemory("no room"), 503, "out_of_device_memory"),
+    (errors.EngineRestarted("starts again"), 503, "engine_restarted"),
     (errors.DeadlineExceeded("late"), 504, "deadline_exceeded"),
     (errors.GenerationFailed("failed"), 500, "generation_failed"),
     (Refusal(413, "body_too_large", "too large", field="body"), 413, "body_too_large"),
@@ -36,7 +38,15 @@ def test_every_error_that_a_running_engine_raises_has_a_status_of_its_own() -> N
     assert set(errors.EngineError.__subclasses__()) <= raised
 
 
-@pytest.mark.parametrize("error", [errors.QueueFull(3), errors.EngineLoading("later")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.QueueFull(3),
+        errors.EngineLoading("later"),
+        errors.OutOfDeviceMemory("no room"),
+        errors.EngineRestarted("starts again"),
+    ],
+)
 def test_a_passing_trouble_says_when_to_try_again(error: Exception) -> None:
     assert int(describe(error).headers["Retry-After"]) > 0
 

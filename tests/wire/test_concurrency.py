@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -109,18 +109,42 @@ async def test_a_large_batch_is_answered_in_order(scripted_server: Server) -> No
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 async def test_a_client_that_leaves_frees_its_slot(scripted_server: Server, endpoint: str) -> None:
     async with request_in_flight(scripted_server, endpoint, "slow"):
-        await until(scripted_server, running=1, waiting=1 if endpoint == "batch" else 0, within_s=5)
+        await until(scripted_server, running=2 if endpoint == "batch" else 1, waiting=0, within_s=5)
     await until(scripted_server, running=0, waiting=0, within_s=1)
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-async def test_a_client_that_leaves_the_queue_frees_its_place(scripted_server: Server, endpoint: str) -> None:
-    async with request_in_flight(scripted_server, "stream", "slow"):
-        await until(scripted_server, running=1, waiting=0, within_s=5)
-        async with request_in_flight(scripted_server, endpoint, "Hi!"):
-            await until(scripted_server, running=1, waiting=2 if endpoint == "batch" else 1, within_s=5)
-        await until(scripted_server, running=1, waiting=0, within_s=1)
-    await until(scripted_server, running=0, within_s=1)
+async def test_a_client_that_leaves_the_queue_frees_its_place(one_slot_server: Server, endpoint: str) -> None:
+    async with request_in_flight(one_slot_server, "stream", "slow"):
+        await until(one_slot_server, running=1, waiting=0, within_s=5)
+        async with request_in_flight(one_slot_server, endpoint, "Hi!"):
+            await until(one_slot_server, running=1, waiting=2 if endpoint == "batch" else 1, within_s=5)
+        await until(one_slot_server, running=1, waiting=0, within_s=1)
+    await until(one_slot_server, running=0, within_s=1)
+
+
+async def test_a_batch_that_takes_all_slots_does_not_hold_up_somebodys_chat(scripted_server: Server) -> None:
+    """One caller's 40 slow inputs are first; it gives up a slot for another caller, and all of its own are answered."""
+    slots = 16
+    options = {"configurable": {"max_tokens": 40}}
+
+    async def batch() -> list[str]:
+        answers: list[str] = await scripted_server.chain("translate").abatch([say("slow")] * 40, options)  # type: ignore[arg-type]
+        return answers
+
+    answers = asyncio.create_task(batch())
+    await until(scripted_server, running=slots, within_s=5)
+    assert await ask_by("chat", scripted_server, "Hi!") == "Hi!"
+    assert not answers.done()
+
+    assert [len(answer) for answer in await answers] == [40] * 40
+
+
+@pytest.fixture(scope="module")
+def one_slot_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("one-slot-server") / "log"
+    with Server(log, script="tests/scripted_server.py", max_slots="1") as server:
+        yield server
 
 
 async def test_a_client_that_takes_one_chunk_and_leaves_frees_its_slot(scripted_server: Server) -> None:
@@ -145,7 +169,7 @@ async def test_a_failed_item_of_a_batch_takes_the_others_along(scripted_server: 
 
 
 async def test_a_full_queue_refuses_with_503_and_the_numbers(tmp_path: Path) -> None:
-    with Server(tmp_path / "log", script="tests/scripted_server.py", max_queue="1") as server:
+    with Server(tmp_path / "log", script="tests/scripted_server.py", max_queue="1", max_slots="1") as server:
         async with request_in_flight(server, "stream", "slow"):
             await until(server, running=1, waiting=0, within_s=5)
             async with request_in_flight(server, "invoke", "slow"):
@@ -163,7 +187,7 @@ async def test_a_full_queue_refuses_with_503_and_the_numbers(tmp_path: Path) -> 
 
 
 async def test_a_request_that_takes_too_long_ends_with_504(tmp_path: Path) -> None:
-    with Server(tmp_path / "log", script="tests/scripted_server.py", timeout_s="0.5") as server:
+    with Server(tmp_path / "log", script="tests/scripted_server.py", timeout_s="0.5", max_slots="1") as server:
         chain = server.chain("translate")
         started = time.monotonic()
         with pytest.raises(httpx.HTTPStatusError, match=r"not finished in time: ended after 0\.\d s") as caught:

@@ -210,14 +210,25 @@ def test_the_schemas_of_a_chain_say_what_it_takes(scripted_server: Server, name:
 
 
 def test_health_and_ready_say_how_the_engine_is(scripted_server: Server) -> None:
+    assert post(scripted_server, "/translate/invoke", {"input": HELLO}).status_code == 200
     for path in ("/health", "/ready"):
         response = httpx.get(f"{scripted_server.url}{path}")
         assert response.status_code == 200
         assert response.json() == {
             "status": "ok",
             "model": "scripted",
-            "engine": {"state": "ready", "running": 0, "waiting": 0, "slots": 1, "context": 8192},
+            "engine": {"state": "ready", "running": 0, "waiting": 0, "slots": 16, "context": 8192},
         }
+
+
+def test_after_a_failure_the_engine_is_degraded_and_in_use_until_a_request_is_finished(scripted_server: Server) -> None:
+    post(scripted_server, "/translate/invoke", {"input": {**HELLO, "text": "fail"}})
+    ready = httpx.get(f"{scripted_server.url}/ready")
+    assert ready.status_code == 200
+    assert ready.json()["engine"]["state"] == "degraded"
+    assert ready.json()["engine"]["error"] == "generation failed: RuntimeError"
+    assert post(scripted_server, "/translate/invoke", {"input": HELLO}).status_code == 200
+    assert httpx.get(f"{scripted_server.url}/ready").json()["engine"]["state"] == "ready"
 
 
 def test_while_the_model_loads_requests_are_refused_with_503(tmp_path: Path) -> None:
@@ -229,7 +240,7 @@ def test_while_the_model_loads_requests_are_refused_with_503(tmp_path: Path) -> 
         "run(Settings(), ScriptedEngine(load_delay_s=60))\n"
     )
     with Server(tmp_path / "log", script=script, awaited="/health") as server:
-        assert server.health() == {"state": "loading", "running": 0, "waiting": 0, "slots": 1, "context": 0}
+        assert server.health() == {"state": "loading", "running": 0, "waiting": 0, "slots": 0, "context": 0}
         assert httpx.get(f"{server.url}/ready").status_code == 503
         assert "loading" in httpx.get(server.url).text
         assert httpx.get(f"{server.url}/translate/input_schema").status_code == 200

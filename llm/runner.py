@@ -1,0 +1,81 @@
+"""The seam between the engine's loop and a model: what runs sequences, step by step. Knows no queue and no text.
+
+A runner is opened and used in the engine's thread and nowhere else.
+"""
+
+from typing import Protocol, TypeVar
+
+from llm.checkpoint import Checkpoint
+from llm.engine import Request
+from llm.errors import LLMError
+from llm.generation import Token
+
+
+class Sequence(Protocol):
+    """One request inside a runner: its prompt, and what was generated so far."""
+
+    @property
+    def is_prefilled(self) -> bool:
+        """False while tokens have to be read before it can decode. All but the last one are read by `prefill`; the
+        last is its row in the next `decode`."""
+        ...
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens that did not have to be computed, counted for the whole request. Final once it decodes."""
+        ...
+
+
+S = TypeVar("S", bound=Sequence)
+
+
+class Runner(Protocol[S]):
+    """Runs the sequences of many requests together.
+
+    A sequence is opened once. It has room on the device from each `admit` to the next `release`, and is passed to
+    `prefill`, `grow` and `decode` only then. An error that `prefill` or `decode` raises ends the sequences that were
+    in that step, and they are released; after one that any other method raises the engine starts again. An
+    `EngineDead` ends the engine, wherever it is raised.
+    """
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Names, ids and limits of the model."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Sequences that can have room at once."""
+        ...
+
+    def open(self, request: Request) -> S:
+        """Begin a request. Cheap; takes nothing of the device."""
+        ...
+
+    def admit(self, sequence: S) -> bool:
+        """Take room for all of its tokens so far. False: it does not fit now, and nothing was taken."""
+        ...
+
+    def prefill(self, sequence: S) -> None:
+        """Read the next piece of its tokens: so many at most that the others can wait for it."""
+        ...
+
+    def grow(self, sequence: S) -> bool:
+        """Make sure of room for one token more; called before each `decode`. False: there is none now."""
+        ...
+
+    def decode(self, sequences: list[S]) -> list[Token | LLMError]:
+        """One step: for each sequence exactly one token, or what kept it, and only it, from having one."""
+        ...
+
+    def release(self, sequence: S) -> None:
+        """Give its room back. It may be admitted again, and then goes on exactly where it was."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all sequences after a failure of the loop. The weights stay."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...

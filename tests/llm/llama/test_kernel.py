@@ -1,0 +1,350 @@
+"""The compiled decode step against torch's, and what happens where it cannot be compiled."""
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm.errors import UnsupportedModel
+from llm.llama import kernel
+from llm.llama.blocks import BLOCK
+from llm.llama.matrix import Format, pack
+from llm.llama.model import Llama
+from tests.llm.llama.tiny_models import (
+    expected_logits,
+    fill_with,
+    in_dtype,
+    random_ids,
+    read,
+    rounded,
+    table,
+    take,
+    take_for_torch,
+    tiny,
+)
+
+pytestmark = pytest.mark.skipif(kernel.library() is None, reason="needs a C compiler")
+
+CONTEXTS = (1, 15, 16, 17, 511, 512, 513, 1300)
+"""Keys of a row: around a block, around the span that is one piece of attention, and several of those."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How weights, keys and values are stored."""
+
+    format: Format
+    dtype: torch.dtype
+    tolerance: float
+    """Relative to the greatest logit. The step's own keys and values are rounded to bfloat16, where they are stored
+    so; the others were before."""
+
+    @property
+    def quantize(self) -> str:
+        return {Format.INT8: "int8", Format.INT4: "int4"}.get(self.format, "none")
+
+    @property
+    def head(self) -> Format:
+        return Format.INT8 if self.format in (Format.INT8, Format.INT4) else self.format
+
+
+KINDS = {
+    "float32": Kind(Format.FLOAT32, torch.float32, 1e-5),
+    "bfloat16": Kind(Format.BFLOAT16, torch.bfloat16, 5e-3),
+    "int8 and float32": Kind(Format.INT8, torch.float32, 1e-5),
+    "int8 and bfloat16": Kind(Format.INT8, torch.bfloat16, 5e-3),
+    "int4 and float32": Kind(Format.INT4, torch.float32, 1e-5),
+    "int4 and bfloat16": Kind(Format.INT4, torch.bfloat16, 5e-3),
+}
+
+
+def shape(heads: int, kv_heads: int, head_dim: int, **others: Any) -> dict[str, Any]:
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, **others}
+
+
+SHAPES = {
+    "2 heads, 1 each": shape(2, 2, 16),
+    "2 to a key": shape(4, 2, 32, vocab_size=97),
+    "3 to a key": shape(3, 1, 64, vocab_size=40),
+    "4 to a key": shape(8, 2, 16, hidden_size=96, intermediate_size=160),
+    "5 to a key": shape(5, 1, 32, num_hidden_layers=1),
+    "6 to a key": shape(6, 1, 16),
+    "7 to a key": shape(14, 2, 64, vocab_size=5),
+    "8 to a key": shape(8, 1, 128),
+    "biases": shape(4, 2, 16, attention_bias=True, mlp_bias=True),
+    "tied": shape(4, 4, 32, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+def blocks_of(contexts: tuple[int, ...]) -> list[list[int]]:
+    """Blocks for sequences of these lengths, none shared, after one that nobody has."""
+    tables: list[list[int]] = []
+    for context in contexts:
+        tables.append(table(context, first=1 + sum(map(len, tables))))
+    return tables
+
+
+def with_memory(llama: Llama) -> Llama:
+    """As if all keys and values had been computed."""
+    generator = torch.Generator().manual_seed(5)
+    for tensor in (*llama._keys, *llama._values):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator).bfloat16())
+    return llama
+
+
+def on_kernel(model: PreTrainedModel, kind: Kind, num_blocks: int) -> Llama:
+    llama = Llama(take(in_dtype(model, kind.dtype), kind.quantize), num_blocks)
+    assert llama.weights.is_packed
+    return with_memory(llama)
+
+
+def on_torch(model: PreTrainedModel, kind: Kind, num_blocks: int) -> Llama:
+    """The same weights, computed in float32."""
+    stored = in_dtype(in_dtype(model, kind.dtype), torch.float32)
+    llama = Llama(take_for_torch(rounded(stored, kind.format, kind.head)), num_blocks)
+    assert not llama.weights.is_packed
+    return with_memory(llama)
+
+
+def memory(llama: Llama) -> Tensor:
+    """All keys and values by where they are: (blocks, slots, all dimensions of all layers)."""
+    keys = [keys.permute(0, 3, 1, 2).flatten(2) for keys in llama._keys]
+    values = [values.transpose(1, 2).flatten(2) for values in llama._values]
+    return torch.cat([*keys, *values], dim=2).float()
+
+
+# What it computes.
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_step_computes_what_torch_computes(kind: Kind, name: str) -> None:
+    model, tables = tiny(**SHAPES[name]), blocks_of(CONTEXTS)
+    num_blocks = 1 + sum(map(len, tables))
+    ours, theirs = on_kernel(model, kind, num_blocks), on_torch(model, kind, num_blocks)
+    ids, positions = random_ids(len(CONTEXTS), vocabulary=5), [context - 1 for context in CONTEXTS]
+
+    logits, expected = (llama.decode(ids, positions, tables) for llama in (ours, theirs))
+
+    assert logits.shape == expected.shape
+    assert (logits - expected).abs().max() < kind.tolerance * expected.abs().max()
+    assert (memory(ours) - memory(theirs)).abs().max() < kind.tolerance * memory(theirs).abs().max()
+
+
+def test_a_step_writes_one_slot_of_each_row_and_nowhere_else(kind: Kind) -> None:
+    tables = blocks_of(CONTEXTS)
+    llama = on_kernel(tiny(), kind, 2 + sum(map(len, tables)))
+    before = memory(llama)
+
+    llama.decode([1] * len(CONTEXTS), [context - 1 for context in CONTEXTS], tables)
+
+    written = (memory(llama) != before).any(dim=2).nonzero().tolist()
+    own = [
+        [blocks[(context - 1) // BLOCK], (context - 1) % BLOCK]
+        for context, blocks in zip(CONTEXTS, tables, strict=True)
+    ]
+    assert sorted(written) == sorted(own)
+
+
+def test_a_row_gets_the_same_to_the_last_bit_whoever_is_in_the_step(kind: Kind) -> None:
+    contexts = tuple(CONTEXTS[number % len(CONTEXTS)] + number // len(CONTEXTS) for number in range(34))
+    tables, ids = blocks_of(contexts), random_ids(len(contexts))
+    llama = on_kernel(tiny(head_dim=32), kind, 1 + sum(map(len, tables)))
+
+    def step(rows: list[int]) -> Tensor:
+        return llama.decode([ids[row] for row in rows], [contexts[row] - 1 for row in rows], [tables[r] for r in rows])
+
+    alone = torch.cat([step([row]) for row in range(len(contexts))])
+
+    generator = torch.Generator().manual_seed(1)
+    for size in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 34):
+        rows = torch.randperm(len(contexts), generator=generator)[:size].tolist()
+        assert torch.equal(step(rows), alone[rows])
+    assert not torch.equal(alone[0], alone[8])
+
+
+def test_what_memory_held_before_does_not_show(kind: Kind) -> None:
+    """NaN, because it stays whatever it is multiplied with: in slots that nobody has written to, and in tables' ends."""
+    ids, blocks = random_ids(40), table(40)
+    llama = Llama(take(in_dtype(tiny(), kind.dtype), kind.quantize), 4)
+    logits = []
+    for garbage in (0.0, float("nan"), float("inf")):
+        fill_with(llama, garbage)
+        read(llama, ids[:-3], blocks)
+        steps = [llama.decode([ids[at]], [at], [blocks]) for at in range(37, 40)]
+        logits.append(torch.cat(steps))
+
+    assert logits[0].isfinite().all()
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("outputs", [16, 17, 33, 48, 97, 104])
+@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_are_unpacked_as_torch_unpacks_them(
+    outputs: int,
+    format: Format,  # noqa: A002
+    dtype: torch.dtype,
+) -> None:
+    for inputs, interleave in [(32, False), (96, False), (64, outputs % 32 == 0)]:
+        packed = pack(torch.randn(outputs, inputs), format, interleave=interleave)
+        room = torch.full((outputs * inputs + 64,), -7, dtype=dtype)
+
+        kernel.unpack(packed, room[: outputs * inputs].view(outputs, inputs))
+
+        assert torch.equal(room[:-64].view(outputs, inputs), packed.unpack().to(dtype))
+        assert (room[-64:] == -7).all()
+
+
+@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interleaved_matrices_are_unpacked_in_order(format: Format, dtype: torch.dtype) -> None:  # noqa: A002
+    matrix, plain = torch.randn(192, 64), torch.empty(192, 64, dtype=dtype)
+
+    kernel.unpack(pack(matrix, format, interleave=True), plain)
+
+    assert torch.equal(plain, pack(matrix, format).unpack().to(dtype))
+
+
+# Where it cannot be had.
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A cache of models and kernels with nothing in it, as on a new machine."""
+    monkeypatch.setenv("SERVE_CACHE", str(tmp_path / "cache"))
+    kernel.library.cache_clear()
+    yield tmp_path / "cache"
+    kernel.library.cache_clear()
+
+
+def compiler(path: Path, *lines: str) -> Path:
+    """A compiler that is a script."""
+    path.write_text("\n".join(("#!/bin/sh", *lines)))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_without_a_compiler_that_works_decoding_takes_torchs_way_and_says_so(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "/bin/false")
+    model, ids = tiny(), random_ids(20)
+
+    with caplog.at_level(logging.WARNING):
+        weights = take(model)
+
+    assert "/bin/false cannot compile" in caplog.text
+    assert not weights.is_packed
+    llama = Llama(weights, 2)
+    read(llama, ids[:-1], [1, 0])
+    torch.testing.assert_close(
+        llama.decode(ids[-1:], [19], [[1, 0]])[0], expected_logits(model, ids)[-1], atol=1e-4, rtol=0
+    )
+
+
+def test_what_the_compiler_says_is_in_the_log(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CC", str(compiler(tmp_path / "cc", "echo no such header: omp.h >&2", "exit 1")))
+
+    assert kernel.library() is None
+
+    assert "no such header: omp.h" in caplog.text
+
+
+def test_without_any_compiler_it_says_that_there_is_none(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(cache))
+
+    assert kernel.library() is None
+
+    assert "no C compiler" in caplog.text
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int8"])
+def test_few_bits_without_the_kernel_are_refused_with_what_to_do(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, quantize: str
+) -> None:
+    monkeypatch.setenv("CC", "/bin/false")
+
+    with pytest.raises(UnsupportedModel, match=f"{quantize} .* a C compiler.*SERVE_QUANTIZE=none"):
+        take(tiny(), quantize)
+
+
+def test_a_cache_that_cannot_be_written_costs_speed_and_nothing_else(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.write_text("not a directory")
+
+    assert kernel.library() is None
+
+    assert str(cache) in caplog.text
+
+
+def test_a_damaged_file_in_the_cache_costs_speed_and_nothing_else(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The engine did not start: `invalid ELF header`. A directory mounted with `noexec` does the same."""
+    script = compiler(tmp_path / "cc", 'while [ "$1" != -o ]; do shift; done', 'echo damaged > "$2"')
+    monkeypatch.setenv("CC", str(script))
+
+    assert kernel.library() is None
+
+    assert "cannot be loaded" in caplog.text
+
+
+USE = (
+    "import torch; from llm.llama import kernel; from llm.llama.matrix import Format, pack; "
+    "plain = torch.empty(32, 32); kernel.unpack(pack(torch.eye(32), Format.FLOAT32), plain); print(int(plain.sum()))"
+)
+
+
+def test_processes_that_start_at_once_all_get_a_whole_kernel(cache: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    script = compiler(
+        tmp_path / "cc",
+        f"touch {ready}/$$",  # both compile, each before the other is done
+        f'for i in $(seq 500); do [ "$(ls {ready} | wc -l)" -ge 2 ] && break; sleep 0.1; done',
+        'while [ "$1" != -o ]; do shift; done',
+        f'cp {built()} "$2"',
+    )
+    environment = {**os.environ, "CC": str(script)}
+
+    def start() -> "subprocess.Popen[str]":
+        return subprocess.Popen([sys.executable, "-c", USE], env=environment, stdout=subprocess.PIPE, text=True)
+
+    assert [process.communicate(timeout=100)[0] for process in [start(), start()]] == ["32\n", "32\n"]
+    assert start().communicate(timeout=100)[0] == "32\n"  # finds it there
+
+    assert len(list(ready.iterdir())) == 2
+    (only,) = (cache / "kernel").iterdir()
+    assert only.read_bytes() == built().read_bytes()
+
+
+def built() -> Path:
+    """The kernel that all other tests use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SERVE_CACHE")
+        kernel.library.cache_clear()
+        path = Path(kernel.loaded()._name)
+        kernel.library.cache_clear()
+    return path
