@@ -16,8 +16,8 @@ from chains.texts import Language, Text, instructions
 PROMPT = ChatPromptTemplate(
     [
         instructions(
-            "You are a professional translator. Keep meaning, tone and formatting. Answer with the translation alone, "
-            "without notes or quotation marks. Translate the user's text{source} into {target_language}."
+            "You are a professional translator. Translate the user's text{source} into {target_language}. "
+            "Keep meaning, tone and formatting. Answer with the translation alone, without notes or quotation marks."
         ),
         ("human", "{text}"),
     ]

@@ -39,8 +39,9 @@ MAX_RESTARTS = 3
 class BatchingEngine(Generic[S]):
     """Takes requests from any thread, and serves them together in one thread of its own.
 
-    See `Schedule` for who is next. A request that does not fit the memory is waited for, and not overtaken: requests
-    are admitted again when one has left. When memory runs out for those that run, one of them waits as well.
+    See `Schedule` for who is next. A request that does not fit the memory is not overtaken by those behind it; it is
+    tried again when another has left. When memory runs out for those that run, one of them waits as well, and nobody is
+    admitted until another has left.
     """
 
     def __init__(self, name: str, open_runner: Callable[[], Runner[S]], *, max_queue: int | None) -> None:
@@ -55,7 +56,9 @@ class BatchingEngine(Generic[S]):
         self._name = name
         self._open_runner = open_runner
         self._max_queue = max_queue
-        self._has_room = True  # False from when memory ran out until a request leaves; the engine's thread's own
+        # The engine's thread's own; both until a request leaves:
+        self._has_room = True  # False when those that run need more memory than there is
+        self._refused: Job[S] | None = None  # the request that was next, and did not fit
         # Guards everything below. What runs is changed by the engine's thread alone, which reads it without the lock.
         # No runner and no generation is called with it held: the one takes its time, the other has a lock of its own.
         self._changed = threading.Condition()
@@ -206,7 +209,7 @@ class BatchingEngine(Generic[S]):
         for generation in generations:
             generation.fail(failure)
         runner.reset()
-        self._has_room = True
+        self._has_room, self._refused = True, None
 
     def _die(self, death: LLMError) -> None:
         with self._changed:
@@ -252,7 +255,7 @@ class BatchingEngine(Generic[S]):
             if runner.admit(job.sequence):
                 self._enter(runner, job, job.sequence)
             elif self._schedule.running:
-                self._has_room = False
+                self._refused = job
             else:
                 self._fail(runner, [job], out_of_memory(job))
 
@@ -260,7 +263,8 @@ class BatchingEngine(Generic[S]):
         """The request to admit now, if there may be room; another one gives its slot to it if that is fair."""
         with self._changed:
             job = self._schedule.next()
-        if job is None or (self._has_room and len(self._schedule.running) < runner.slots):
+        can_try = self._has_room and job is not self._refused and len(self._schedule.running) < runner.slots
+        if job is None or can_try:
             return job
         other = self._schedule.gives_way_to(job)
         if other is None:
@@ -286,7 +290,7 @@ class BatchingEngine(Generic[S]):
             runner.release(self._schedule.running[job])
         with self._changed:
             self._schedule.leave(job)
-        self._has_room = True
+        self._has_room, self._refused = True, None
 
     def _prefill(self, runner: Runner[S]) -> None:
         """Read a piece of one prompt. They take turns, so that a long one does not hold up short ones."""
@@ -360,9 +364,9 @@ class BatchingEngine(Generic[S]):
         if isinstance(error, EngineDead):
             raise error
         log.error("Failed: %s", ", ".join(f"request {job.request.trace_id}" for job in jobs), exc_info=error)
-        failure = (
-            error if isinstance(error, LLMError) else GenerationFailed(f"generation failed: {type(error).__name__}")
-        )
+        failure = error
+        if not isinstance(failure, LLMError):
+            failure = GenerationFailed(f"generation failed: {type(error).__name__}")
         # Whoever keeps the error must not keep the step's frames, and with them its tensors.
         failure.__traceback__ = failure.__cause__ = failure.__context__ = None
         for job in jobs:

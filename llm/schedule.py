@@ -14,8 +14,8 @@ class Schedule(Generic[S]):
     """All requests of an engine, each either waiting or running.
 
     Turns go round between callers, and callers that have no slot come first. If there is none for such a caller, the
-    one that has the most gives up its youngest request, which waits in front of its others. Nobody is asked for its only
-    one, so callers cannot take each other's slots in turn: there is a pause only when a caller goes from none to one.
+    one that has the most gives up that of its youngest request, which waits in front of its others. Nobody is asked for
+    its only one, so callers cannot take slots from each other in turn: it happens only when one goes from none to one.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,12 @@
 """The engine's loop, over a runner that records what it is told to do, and refuses what it must never be told."""
 
 import asyncio
+import gc
 import math
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -392,6 +394,21 @@ def test_a_request_that_does_not_fit_now_is_not_overtaken(start: Start) -> None:
     assert tried == ["admit a", "refuse l", "admit l", "admit s"]
 
 
+def test_when_who_did_not_fit_is_cancelled_the_next_is_tried_at_once(start: Start) -> None:
+    runner = FakeRunner(memory=40, step_s=0.001)
+    engine = start(runner)
+    running, large, small = submit(
+        engine, ask("a", prompt=4, max_tokens=30), ask("l", prompt=38), ask("s", max_tokens=2)
+    )
+    eventually(lambda: "refuse l" in runner.acts)
+
+    large.cancel()
+
+    assert small.whole().token_ids == answer(ord("s"), 2)
+    assert not running.is_ended
+    assert runner.acts.count("refuse l") == 1, "it was not tried at every step"
+
+
 def test_a_caller_without_a_slot_gets_memory_of_the_caller_that_has_the_most(start: Start) -> None:
     runner = FakeRunner(memory=30)
     engine = start(runner)
@@ -764,6 +781,22 @@ def test_prompts_are_counted_and_what_of_them_was_cached(start: Start, monkeypat
     assert usage is not None
     assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (10, 4, 4)
     assert (engine.health().prompt_tokens, engine.health().cached_tokens) == (10, 4)
+
+
+def test_what_has_ended_is_not_held_on_to(start: Start) -> None:
+    engine = start(FakeRunner())
+    gc.disable()
+    try:
+        finished, cancelled = submit(engine, ask("a"), ask("b", max_tokens=900))
+        finished.whole()
+        next(cancelled)
+        cancelled.cancel()
+        eventually(lambda: load_of(engine) == (0, 0))
+        seen = [weakref.ref(finished), weakref.ref(cancelled)]
+        del finished, cancelled
+        eventually(lambda: [each() for each in seen] == [None, None])
+    finally:
+        gc.enable()
 
 
 def test_two_thousand_requests_of_which_a_third_is_cancelled_leave_nothing_behind(start: Start) -> None:
