@@ -7,6 +7,7 @@ import torch
 
 from llm.loading import prepare
 from llm.prompt import encode_text
+from llm.quiet import quiet
 from tests.bench.alone import TOKENS, Measurement, Size
 from tests.bench.prose import prose
 
@@ -17,7 +18,8 @@ def measure(reference: str, size: Size, device: str) -> list[Measurement]:
 
     directory = prepare(reference).directory
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     model.to(device)
 
     def seconds(rows: int, context: int, new_tokens: int) -> float:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from llm.quiet import quiet
 from tests.tiny_llama3 import build_tiny_llama3
 
 _GIB = 2**30
@@ -72,7 +73,8 @@ def build(shape: Shape, directory: Path) -> Path:
     """Write a checkpoint into `directory`, in a shard per layer; raises `ShapeRefused` before anything is written."""
     _refuse(shape, directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    build_tiny_llama3(directory)
+    with quiet():
+        build_tiny_llama3(directory)  # for its tokenizer
     (directory / "model.safetensors").unlink()
     shape.config.save_pretrained(directory)
     generator = torch.Generator(device).manual_seed(3)

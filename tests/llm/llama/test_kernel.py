@@ -60,11 +60,11 @@ class Kind:
 
 KINDS = {
     "float32": Kind(Format.FLOAT32, torch.float32, 1e-5),
-    "bfloat16": Kind(Format.BFLOAT16, torch.bfloat16, 5e-3),
+    "bfloat16": Kind(Format.BFLOAT16, torch.bfloat16, 2e-2),
     "int8 and float32": Kind(Format.INT8, torch.float32, 1e-5),
-    "int8 and bfloat16": Kind(Format.INT8, torch.bfloat16, 5e-3),
+    "int8 and bfloat16": Kind(Format.INT8, torch.bfloat16, 2e-2),
     "int4 and float32": Kind(Format.INT4, torch.float32, 1e-5),
-    "int4 and bfloat16": Kind(Format.INT4, torch.bfloat16, 5e-3),
+    "int4 and bfloat16": Kind(Format.INT4, torch.bfloat16, 2e-2),
 }
 
 
@@ -84,6 +84,13 @@ SHAPES = {
     "biases": shape(4, 2, 16, attention_bias=True, mlp_bias=True),
     "tied": shape(4, 4, 32, tie_word_embeddings=True),
 }
+PAIRS = [
+    (kind, name)
+    for kind in KINDS
+    for name in SHAPES
+    if kind in ("float32", "int4 and bfloat16") or name in ("2 to a key", "biases", "tied")
+]
+"""Heads and keys are handled alike whatever the weights are: all shapes with two kinds, and all kinds with some."""
 
 
 @pytest.fixture(params=KINDS)
@@ -131,7 +138,7 @@ def memory(llama: Llama) -> Tensor:
 # What it computes.
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("kind", "name"), PAIRS, indirect=["kind"])
 def test_a_step_computes_what_torch_computes(kind: Kind, name: str) -> None:
     model, tables = tiny(**SHAPES[name]), blocks_of(CONTEXTS)
     num_blocks = 1 + sum(map(len, tables))

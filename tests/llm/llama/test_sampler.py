@@ -247,6 +247,25 @@ def test_no_token_without_probability_is_drawn(sampling: Sampling, number: float
     assert found[2] == 100
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=2), Sampling(top_p=0.99)], ids=str)
+def test_each_token_has_the_numbers_from_its_share_s_start_to_below_its_end(sampling: Sampling) -> None:
+    logits = torch.tensor([0.0, 0.0])
+    numbers = [0.0, 0.25, 0.499999, 0.5, JUST_BELOW_1]
+
+    found = tokens(logits.expand(5, -1), [Fixed(sampling, [], number) for number in numbers])
+
+    assert [token.id for token in found] == [0, 0, 0, 1, 1]
+
+
+def test_sums_rounded_the_wrong_way_lead_to_no_token_without_weight() -> None:
+    """A GPU adds in another order in each place, so that a number may come out as 1, or beyond all that there is."""
+    weights = torch.tensor([[0.0, 0.0, 3.0, 0.0]], dtype=torch.float64)
+
+    for number in (0.0, 0.5, 1.0, 1.1):
+        place, _ = module._pick(weights, torch.tensor([[number]], dtype=torch.float64))
+        assert int(place) == 2
+
+
 @pytest.mark.parametrize("number", [0.0, 0.3, JUST_BELOW_1])
 @pytest.mark.parametrize("penalty", [0.01, 1.0, 2.0])
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-7, 1e-5, 0.01, 2.0])
