@@ -10,9 +10,7 @@ from llm.generation import Chunk, Generation
 from llm.sampling import Sampling
 
 
-def build_request(
-    ids: Sequence[int], sampling: Sampling, *, timeout_s: float | None, num_shared: int = 0
-) -> Request:
+def build_request(ids: Sequence[int], sampling: Sampling, *, timeout_s: float | None, num_shared: int = 0) -> Request:
     """A request on behalf of the current caller."""
     caller = current_caller.get() or Caller()
     deadlines = [caller.deadline, None if timeout_s is None else time.monotonic() + timeout_s]

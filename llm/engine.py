@@ -100,6 +100,8 @@ def check_limits(request: Request, checkpoint: Checkpoint) -> int:
     num_prompt, sampling = len(request.prompt), request.sampling
     if num_prompt == 0:
         raise InvalidOption("prompt", "at least one token", num_prompt)
+    if not 0 <= request.num_shared <= num_prompt:
+        raise InvalidOption("num_shared", f"between 0 and {num_prompt}, the prompt's tokens", request.num_shared)
     if sampling.top_k > checkpoint.vocab_size:
         raise InvalidOption("top_k", f"at most {checkpoint.vocab_size}, the size of the vocabulary", sampling.top_k)
     room = checkpoint.context - num_prompt

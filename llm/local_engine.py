@@ -2,16 +2,16 @@
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm.batching_engine import BatchingEngine
 from llm.loading import prepare
 
 if TYPE_CHECKING:
-    from llm.llama.runner import LlamaRunner, LlamaSequence
+    from llm.llama.runner import LlamaRunner
 
 
-class LocalEngine(BatchingEngine["LlamaSequence"]):
+class LocalEngine(BatchingEngine[Any]):  # of a sequence type whose import takes torch
     """Generates with a Llama-architecture checkpoint in this process."""
 
     def __init__(

@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -174,7 +174,7 @@ class Decoder:
         if bias is not None:
             panels = torch.nn.functional.pad(bias.float(), (0, -len(bias) % (2 * PANEL))).view(-1, PANEL)
             if matrix.is_interleaved:
-                panels = panels.unflatten(0, (2, -1)).transpose(0, 1)
+                panels = torch.unflatten(panels, 0, (2, -1)).transpose(0, 1)
             bias = panels.contiguous()
             self._kept.append(bias)
         return _linear(matrix, bias)

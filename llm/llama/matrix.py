@@ -62,7 +62,7 @@ class PackedMatrix:
         else:
             assert self.scales is not None
             q = _from_words(self.weights, _BITS[self.format])
-            groups = q.unflatten(1, (self.inputs // GROUP, GROUP))
+            groups = torch.unflatten(q, 1, (self.inputs // GROUP, GROUP))
             scales = self.scales.float()[:, :, :, None]
             if self.format is Format.INT8:
                 groups = torch.where(groups > 127, groups - 256, groups) * scales[:, :, 0]
@@ -70,7 +70,7 @@ class PackedMatrix:
                 groups = groups * scales[:, :, 0] + scales[:, :, 1]
             panels = groups.flatten(1, 2)
         if self.is_interleaved:
-            panels = panels.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+            panels = torch.unflatten(panels, 0, (-1, 2)).transpose(0, 1).flatten(0, 1)
         return panels.transpose(1, 2).reshape(-1, self.inputs)[: self.outputs]
 
 
@@ -86,13 +86,13 @@ def pack(matrix: Tensor, format: Format, *, interleave: bool = False) -> PackedM
         raise ValueError(f"{outputs} outputs are no two halves of whole panels")
     panels = pad(matrix, (0, 0, 0, -outputs % (2 * PANEL))).view(-1, PANEL, inputs).transpose(1, 2)
     if interleave:
-        panels = panels.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+        panels = torch.unflatten(panels, 0, (2, -1)).transpose(0, 1).flatten(0, 1)
     if format is Format.FLOAT32:
         return PackedMatrix(format, outputs, inputs, panels.float().contiguous(), interleave, None)
     if format is Format.BFLOAT16:
         words = _to_words(panels.bfloat16().contiguous().view(torch.int16), 16)
         return PackedMatrix(format, outputs, inputs, words, interleave, None)
-    groups = panels.float().unflatten(1, (inputs // GROUP, GROUP))
+    groups = torch.unflatten(panels.float(), 1, (inputs // GROUP, GROUP))
     if format is Format.INT8:
         scale = (groups.abs().amax(2) / 127).half()
         q = (groups / _divisor(scale)).round().clamp(-127, 127)
@@ -112,7 +112,7 @@ _BITS = {Format.INT8: 8, Format.INT4: 4}
 def _to_words(panels: Tensor, bits: int) -> Tensor:
     """(panels, inputs, 16) of whole numbers into int32 (panels, inputs / inputs per word, 16)."""
     in_word = 32 // bits
-    inputs = panels.unflatten(1, (-1, in_word)).to(torch.int32) & (1 << bits) - 1
+    inputs = torch.unflatten(panels, 1, (-1, in_word)).to(torch.int32) & (1 << bits) - 1
     words = inputs[:, :, 0].clone(memory_format=torch.contiguous_format)
     for number in range(1, in_word):
         words |= inputs[:, :, number] << bits * number

@@ -90,8 +90,8 @@ class Llama:
         """Queries (scaled), keys and values: (tokens, heads, head_dim)."""
         weights = self.weights
         heads, kv_heads = weights.heads, weights.kv_heads
-        qkv = self._project(layer.qkv, self._norm(x, layer.attention_norm)).unflatten(1, (-1, weights.head_dim))
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        qkv = torch.unflatten(self._project(layer.qkv, self._norm(x, layer.attention_norm)), 1, (-1, weights.head_dim))
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         cosines, sines = (turn.to(layer.device) for turn in turns)
         q = _turn(q, cosines, sines) * weights.head_dim**-0.5
         return q.to(x.dtype), _turn(k, cosines, sines).to(x.dtype), v
@@ -157,7 +157,7 @@ class _Group:
     def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """(rows, heads, head_dim) for queries of the same shape."""
         kv_heads = keys.shape[1]
-        grouped = q.unflatten(1, (kv_heads, -1))
+        grouped = torch.unflatten(q, 1, (kv_heads, -1))
         own_keys = keys[self._tables].permute(0, 2, 3, 1, 4).flatten(3)
         own_values = values[self._tables].transpose(1, 2).flatten(2, 3)
         # What is beyond may be anything, and a weight of zero does not take NaN or infinity away.
@@ -167,18 +167,19 @@ class _Group:
 
 
 def _attend_to_prefix(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Queries (tokens, heads, head_dim) of the last tokens of a sequence, over all up to themselves: `mask`, to be added
-    to the scores among themselves, is -inf above its diagonal.
+    """Queries (tokens, heads, head_dim) of the last tokens of a sequence, over all up to themselves.
+
+    `mask`, which is added to the scores among themselves, is -inf above its diagonal.
 
     The heads that share keys and values are stacked in one plain product: on CPUs that is several times as quick as
     torch's `scaled_dot_product_attention`.
     """
     num_tokens, kv_heads = q.shape[0], keys.shape[0]
-    grouped = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-    scores = (grouped.flatten(1, 2) @ keys).unflatten(1, (-1, num_tokens))
+    grouped = torch.unflatten(q, 1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    scores = torch.unflatten(grouped.flatten(1, 2) @ keys, 1, (-1, num_tokens))
     scores[..., -num_tokens:] += mask
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    mixed = (weights.flatten(1, 2) @ values).unflatten(1, (-1, num_tokens))
+    mixed = torch.unflatten(weights.flatten(1, 2) @ values, 1, (-1, num_tokens))
     return mixed.permute(2, 0, 1, 3).flatten(1, 2)
 
 

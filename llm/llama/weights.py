@@ -1,4 +1,4 @@
-"""A Llama's weights, taken out of the transformers model that loaded them: fused, and packed where the CPU's kernel runs.
+"""A Llama's weights, taken out of the transformers model that loaded them: fused, and packed for the CPU's kernel.
 
 Knows transformers' modules and their names; knows no cache and no requests.
 """
@@ -153,7 +153,7 @@ def _is_on_grid(matrix: Tensor) -> bool:
     """True if a matrix has groups of no more than 16 evenly spaced weights: it comes from such a format."""
     if matrix.shape[1] % GROUP:
         return False
-    groups = matrix.detach().float().unflatten(1, (-1, GROUP))
+    groups = torch.unflatten(matrix.detach().float(), 1, (-1, GROUP))
     difference = (pack(matrix.detach(), Format.INT4).unpack().view_as(groups) - groups).abs()
     return bool((difference <= ROUNDING * groups.abs().amax(-1, keepdim=True)).all())
 
@@ -172,10 +172,9 @@ class _Packer:
         assert len(biases) in (0, len(modules))
         for module in modules:
             module.weight = None  # type: ignore[assignment]
-        matrix: Tensor | PackedMatrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-        if self.is_packing:
-            matrix = pack(matrix, self.format, interleave=interleave)
-        return Projection(matrix, torch.cat(biases) if biases else None)
+        matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        packed = pack(matrix, self.format, interleave=interleave) if self.is_packing else matrix
+        return Projection(packed, torch.cat(biases) if biases else None)
 
     def norm(self, module: Any) -> Tensor:
         weight: Tensor = module.weight.detach()
@@ -218,5 +217,6 @@ def _refuse_others(config: Any, context: int) -> None:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < context:
         raise UnsupportedModel(
-            f"the model attends to the last {window} tokens only, which is not supported: set SERVE_MAX_CONTEXT={window}"
+            f"the model attends to the last {window} tokens only, which is not supported beyond them: set "
+            f"SERVE_MAX_CONTEXT={window}"
         )

@@ -185,7 +185,7 @@ def test_a_row_gets_the_same_to_the_last_bit_whoever_is_in_the_step(kind: Kind) 
 
 
 def test_what_memory_held_before_does_not_show(kind: Kind) -> None:
-    """NaN, because it stays whatever it is multiplied with: in slots that nobody has written to, and in tables' ends."""
+    """NaN, because it stays whatever it is multiplied with: in slots that nobody has written to."""
     ids, blocks = random_ids(40), table(40)
     llama = Llama(take(in_dtype(tiny(), kind.dtype), kind.quantize), 4)
     logits = []

@@ -15,7 +15,7 @@ def random_matrix(outputs: int, inputs: int, *, scale: float = 0.05) -> Tensor:
 
 
 def in_groups(matrix: Tensor) -> Tensor:
-    return matrix.unflatten(1, (-1, GROUP))
+    return matrix.reshape(len(matrix), -1, GROUP)
 
 
 def bound(matrix: Tensor, format: Format) -> Tensor:  # noqa: A002

@@ -99,7 +99,9 @@ def test_a_context_that_somebody_asked_for_and_that_does_not_fit_is_refused_with
 ) -> None:
     free[CPU] = 8 * 512 * LAYER  # 2 MiB
 
-    with pytest.raises(NotEnoughMemory, match=r"16384 tokens needs 4 MiB .* 2 MiB for them.*SERVE_MAX_CONTEXT") as error:
+    with pytest.raises(
+        NotEnoughMemory, match=r"16384 tokens needs 4 MiB .* 2 MiB for them.*SERVE_MAX_CONTEXT"
+    ) as error:
         plan_memory(weights(CPU), context=16_384, max_slots=None, is_fixed=True)
 
     assert (error.value.needed, error.value.available) == (2**22, 2**21)

@@ -3,12 +3,20 @@
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from llm.llama import kernel
 from llm.llama.model import NARROW, Llama, groups_of_similar_length
@@ -194,6 +202,22 @@ def test_the_embedded_model_equals_transformers_forward(
     logits = torch.cat([ours.decode([ids[at]], [at], [blocks]) for at in range(60, 72)])
 
     assert_close(logits, expected_logits(embedded_model, ids)[60:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1), (torch.float16, 0.01)])
+def test_a_gpu_computes_the_same(dtype: torch.dtype, tolerance: float) -> None:
+    model: Any = in_dtype(reference("Llama"), dtype)
+    texts, tables = [random_ids(300), random_ids(20)], [table(300), [19, 20]]
+    ours = in_garbage(take(model.to("cuda")), 21)
+    for ids, blocks in zip(texts, tables, strict=True):
+        read(ours, ids[:-1], blocks)
+
+    logits = ours.decode([ids[-1] for ids in texts], [299, 19], tables)
+
+    exact = in_dtype(model.cpu(), torch.float32)
+    assert_close(logits.cpu(), torch.stack([expected_logits(exact, ids)[-1] for ids in texts]), tolerance)
 
 
 def test_memory_is_not_taken_before_it_is_used() -> None:

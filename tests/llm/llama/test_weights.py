@@ -52,7 +52,10 @@ def llama(rope: dict[str, Any] | None = None, **changes: Any) -> LlamaConfig:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2), "type gpt2 are not of Llama's.*llama, mistral"),
+        (
+            GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2),
+            "type gpt2 are not of Llama's.*llama, mistral",
+        ),
         (llama({"rope_type": "dynamic", "factor": 2.0}), "rotary embeddings of type dynamic .*default, linear"),
         (
             llama(
@@ -98,7 +101,7 @@ def test_a_format_that_is_not_offered_is_named() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"intermediate_size": 80}, {"head_dim": 24}, {"hidden_size": 80}])
-def test_sizes_that_the_kernel_does_not_know_take_torchs_way_and_few_bits_are_refused(changes: dict[str, int]) -> None:
+def test_sizes_that_the_kernel_does_not_know_take_torchs_way_and_few_bits_are_refused(changes: dict[str, Any]) -> None:
     assert not take(tiny(**changes)).is_packed
     with pytest.raises(UnsupportedModel, match=r"int4 weights .* multiples of 32\): set SERVE_QUANTIZE=none"):
         take(tiny(**changes), "int4")

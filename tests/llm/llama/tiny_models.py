@@ -32,7 +32,9 @@ def tiny(config: PretrainedConfig | None = None, *, seed: int = 1, **changes: An
     """A random model in float32, biases and norms random too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(config or LlamaConfig(**{**SIZES, **changes}))
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config or LlamaConfig(**{**SIZES, **changes})
+        )
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data += 0.3 * torch.randn_like(parameter)
