@@ -31,6 +31,8 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp",
 SPAN = 512
 """Keys that one piece of attention covers."""
 MAX_HEAD_DIM = 256
+MAX_ROWS = 64
+"""Rows in one call: its threads' stacks hold sums of their inputs. More gain nothing by reading the weights once."""
 
 log = logging.getLogger(__name__)
 
@@ -153,20 +155,23 @@ class Decoder:
 
     def decode(self, x: Tensor, positions: list[int], tables: list[list[int]]) -> Tensor:
         """Logits, float32 (rows, vocabulary), for embeddings, float32 (rows, hidden), which are overwritten."""
-        rows, max_blocks = len(positions), max(positions) // BLOCK + 1
+        logits = torch.empty(len(positions), self._model.head.outputs)
+        for first in range(0, len(positions), MAX_ROWS):
+            some = slice(first, first + MAX_ROWS)
+            self._decode(x[some], positions[some], tables[some], logits[some])
+        return logits
+
+    def _decode(self, x: Tensor, positions: list[int], tables: list[list[int]], logits: Tensor) -> None:
+        rows, max_blocks, threads = len(positions), max(positions) // BLOCK + 1, torch.get_num_threads()
         where = torch.tensor(positions, dtype=torch.int32)
         blocks = torch.tensor([(table + [0] * max_blocks)[:max_blocks] for table in tables], dtype=torch.int32)
-        spans = -(-max_blocks * BLOCK // SPAN)
-        logits = torch.empty(rows, self._model.head.outputs)
-        threads = torch.get_num_threads()
-        partial = self._heads * spans * (self._head_dim + 2)
+        partial = self._heads * -(-max_blocks * BLOCK // SPAN) * (self._head_dim + 2)
         widths = (threads * self._hidden, self._qkv, partial, threads * self._mixed, self._mlp)
         room = [torch.empty(rows * width) for width in widths]
         arrays = (where, blocks), (x, *room, logits)
         places, floats = ([tensor.data_ptr() for tensor in group] for group in arrays)
         step = Step(threads, rows, *places, max_blocks, *floats)
         self._library.decode(ctypes.byref(self._model), ctypes.byref(step))
-        return logits
 
     def _linear(self, projection: "Projection") -> Linear:
         matrix, bias = projection.matrix, projection.bias

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llm.errors import NotEnoughMemory
+from llm.errors import InvalidOption, NotEnoughMemory
 from llm.llama.blocks import BLOCK
 from llm.llama.weights import Weights
 from llm.loading import available_memory
@@ -43,8 +43,11 @@ def plan_memory(weights: Weights, *, context: int, max_slots: int | None, is_fix
         is_fixed: The context is to be as it is. Else it may be less, if there is no room for more.
 
     Raises:
+        InvalidOption: `max_slots` is none.
         NotEnoughMemory: There is no room for one request.
     """
+    if max_slots is not None and max_slots < 1:
+        raise InvalidOption("max_slots", "at least 1", max_slots)
     slots = max_slots or MAX_SLOTS
     affordable = _affordable_blocks(weights)
     needed = -(-context // BLOCK)

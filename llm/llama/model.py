@@ -12,6 +12,9 @@ from llm.llama.kernel import Decoder, unpack
 from llm.llama.matrix import PackedMatrix
 from llm.llama.weights import LayerWeights, Projection, Weights
 
+FEW = 16
+"""Products of fewer rows are filled up: for few rows torch adds up in another order, and what a token's keys and values
+are must not depend on how many tokens were read with it."""
 NARROW = 0.5
 """Rows of a torch decode step are padded to one length where the shortest has at least this part of the longest."""
 
@@ -112,6 +115,8 @@ class Llama:
             plain = self._plain[: matrix.num_weights].view(matrix.outputs, matrix.inputs)
             unpack(matrix, plain)
             matrix = plain
+        if len(x) < FEW:
+            return functional.linear(functional.pad(x, (0, 0, 0, FEW - len(x))), matrix, projection.bias)[: len(x)]
         return functional.linear(x, matrix, projection.bias)
 
     def _write(self, layer: int, blocks: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:

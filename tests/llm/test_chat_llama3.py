@@ -103,6 +103,16 @@ def test_the_checkpoints_own_defaults_come_before_those_of_the_llm(tiny_llama3: 
     engine.close()
 
 
+def test_a_chains_own_words_are_no_secret_and_all_else_is(model: ChatLLaMA3) -> None:
+    own = SystemMessage("Be brief. Name: Anna", additional_kwargs={"shared_chars": len("Be brief.")})
+
+    requests = [model._request([first, HumanMessage("Hi")], None, {}) for first in (own, SystemMessage(own.text))]
+
+    tokenizer = model.llm.engine.checkpoint.tokenizer
+    shared = [tokenizer.decode(list(request.prompt[: request.num_shared])) for request in requests]
+    assert shared == ["<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.", ""]
+
+
 def test_stop_is_honoured_as_argument_as_default_and_bound(engine: ScriptedEngine) -> None:
     llm = LLaMA3_LLM(engine=engine)
 

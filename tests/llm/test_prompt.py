@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm.errors import InvalidMessage, UnsupportedModel
-from llm.prompt import count, encode, encode_text
+from llm.prompt import count, count_shared, encode, encode_text
 
 # A Llama-2-like format: the system text inside of the first user turn, roles that must alternate, specials that are
 # written in the middle of a line.
@@ -463,3 +463,79 @@ def test_eight_threads_at_once_get_the_same_ids(tiny_llama3: Path) -> None:
         list(disturbance)
     assert results == [encode(tokenizer, conversation) for conversation in conversations]
     assert results == [metas_own([("user", str(conversation[0].content))]) for conversation in conversations]
+
+
+# What is the same whoever asks
+
+OWN_WORDS = "You are a professional translator. Translate the user's text into "
+
+
+def marked(written: str, shared: str = OWN_WORDS) -> SystemMessage:
+    """A chain's own words, and what a user has written after them."""
+    return SystemMessage(shared + written, additional_kwargs={"shared_chars": len(shared)})
+
+
+def shared_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[BaseMessage]) -> list[int]:
+    ids = encode(tokenizer, conversation)
+    return ids[: count_shared(tokenizer, conversation, ids)]
+
+
+@pytest.mark.parametrize("chat", FORMATS, ids=lambda chat: chat.name)
+def test_what_is_shared_does_not_depend_on_what_users_write(chat: Format, request: pytest.FixtureRequest) -> None:
+    """It may end a token earlier, where a text goes on in the middle of one. It never tells one text from another."""
+    tokenizer = request.getfixturevalue(chat.name)
+    most = shared_ids(tokenizer, [marked(""), HumanMessage("x")])
+
+    @settings(examples, max_examples=60)
+    @given(written=any_text, text=any_text.filter(str.strip))
+    def check(written: str, text: str) -> None:
+        shared = shared_ids(tokenizer, [marked(written), HumanMessage(text)])
+        assert shared == most[: len(shared)]
+
+    check()
+
+
+@pytest.mark.parametrize("chat", FORMATS[:2], ids=lambda chat: chat.name)
+@pytest.mark.parametrize("written", ["German.", "中文", "{x}", "the", " ", "2", "<|eot_id|>", "into"])
+def test_what_is_shared_is_a_chains_own_words_but_for_the_last_and_no_others(
+    chat: Format, written: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(chat.name)
+    conversation = [marked(f"{written} Zyzzyva"), HumanMessage("Zyzzyva")]
+
+    text = decoded(tokenizer, shared_ids(tokenizer, conversation))
+
+    assert OWN_WORDS[: -len("into ")].rstrip() in text
+    assert text.rstrip().endswith(("text", "into", "int"))
+
+
+@pytest.mark.parametrize("chat", FORMATS, ids=lambda chat: chat.name)
+def test_without_a_mark_nothing_is_shared(chat: Format, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(chat.name)
+
+    assert shared_ids(tokenizer, [SystemMessage(OWN_WORDS), HumanMessage("Hi")]) == []
+    assert shared_ids(tokenizer, [HumanMessage(OWN_WORDS)]) == []
+
+
+@pytest.mark.parametrize("value", [None, "12", 12.0, [12]])
+def test_a_mark_that_is_no_number_is_none(llama3: PreTrainedTokenizerBase, value: object) -> None:
+    conversation = [SystemMessage(OWN_WORDS, additional_kwargs={"shared_chars": value}), HumanMessage("Hi")]
+
+    assert shared_ids(llama3, conversation) == []
+
+
+def test_only_the_first_message_is_looked_at(llama3: PreTrainedTokenizerBase) -> None:
+    assert shared_ids(llama3, [HumanMessage("My secret"), marked("")]) == []
+
+
+def test_a_mark_on_a_message_of_another_role_shares_what_comes_before_the_role(llama3: PreTrainedTokenizerBase) -> None:
+    conversation: list[BaseMessage] = [HumanMessage(OWN_WORDS, additional_kwargs={"shared_chars": len(OWN_WORDS)})]
+
+    assert decoded(llama3, shared_ids(llama3, conversation)) == "<|begin_of_text|><|start_header_id|>"
+
+
+def test_what_is_shared_is_never_more_than_the_prompt(llama3: PreTrainedTokenizerBase) -> None:
+    ids = encode(llama3, [marked(""), HumanMessage("Hi")])
+
+    assert count_shared(llama3, [marked("")], ids[:5]) == 5
+    assert count_shared(llama3, [marked("")], []) == 0

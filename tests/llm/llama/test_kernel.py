@@ -184,6 +184,25 @@ def test_a_row_gets_the_same_to_the_last_bit_whoever_is_in_the_step(kind: Kind) 
     assert not torch.equal(alone[0], alone[8])
 
 
+@pytest.fixture
+def other_threads() -> Iterator[int]:
+    """Another number of threads than the one that is set."""
+    usual = torch.get_num_threads()
+    yield 3 if usual == 1 else 1
+    torch.set_num_threads(usual)
+
+
+def test_how_many_threads_there_are_does_not_show(kind: Kind, other_threads: int) -> None:
+    tables, ids = blocks_of(CONTEXTS), random_ids(len(CONTEXTS))
+    llama = on_kernel(tiny(), kind, 1 + sum(map(len, tables)))
+    positions = [context - 1 for context in CONTEXTS]
+    usual = llama.decode(ids, positions, tables)
+
+    torch.set_num_threads(other_threads)
+
+    assert torch.equal(llama.decode(ids, positions, tables), usual)
+
+
 def test_what_memory_held_before_does_not_show(kind: Kind) -> None:
     """NaN, because it stays whatever it is multiplied with: in slots that nobody has written to."""
     ids, blocks = random_ids(40), table(40)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm.errors import NotEnoughMemory
+from llm.errors import InvalidOption, NotEnoughMemory
 from llm.llama import memory
 from llm.llama.memory import MAX_SLOTS, plan_memory
 from llm.llama.weights import Weights
@@ -122,3 +122,12 @@ def test_as_many_slots_as_somebody_asked_for(free: dict[torch.device, int], max_
     plan = plan_memory(weights(CPU), context=160, max_slots=max_slots, is_fixed=False)
 
     assert (plan.slots, plan.num_blocks) == (max_slots, max_slots * 10)
+
+
+@pytest.mark.parametrize("max_slots", [0, -1])
+def test_no_slots_are_refused(free: dict[torch.device, int], max_slots: int) -> None:
+    """None was taken for 64, and less than none for memory of a negative size."""
+    free[CPU] = 2**40
+
+    with pytest.raises(InvalidOption, match=f"max_slots must be at least 1, got {max_slots}"):
+        plan_memory(weights(CPU), context=160, max_slots=max_slots, is_fixed=False)

@@ -218,6 +218,18 @@ def test_what_one_owner_calls_shared_does_not_open_what_another_does_not(start: 
     assert cached(small.answer(secret, owner="bert", num_shared=100)) == 0
 
 
+def test_the_same_words_elsewhere_are_computed_again(start: Start, generate: Generate) -> None:
+    small, words, heads = start(), random_ids(48), [random_ids(16, seed=seed) for seed in (2, 3)]
+    small.answer([*heads[0], *words])
+    small.answer(heads[1])
+
+    earlier, after_others = small.answer([*words, 7]), small.answer([*heads[1], *words])
+
+    assert [cached(earlier), cached(after_others)] == [0, 16]
+    assert earlier.token_ids == generate([*words, 7], NUM_TOKENS)
+    assert after_others.token_ids == generate([*heads[1], *words], NUM_TOKENS)
+
+
 # Little memory.
 
 
@@ -240,18 +252,19 @@ def test_answers_stay_right_while_memory_is_used_again_and_again(start: Start, g
 def test_who_has_to_wait_for_memory_goes_on_where_it_was(
     start: Start, generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four that need 7 blocks each in the end, and there are 17."""
-    small = start(17)
+    """Four that need 5 blocks each in the end, and 2 for what they share, and there are 17."""
+    small, head = start(17), random_ids(32)
+    small.answer([*head, 1], 1, num_shared=32)
     admissions = counted(monkeypatch, small.runner, "admit")
-    prompts = [random_ids(40, seed=seed) for seed in range(4)]
+    prompts = [[*head, *random_ids(8, seed=seed)] for seed in range(2, 6)]
 
-    batch = [small.ask(prompt, 64, owner=str(index)) for index, prompt in enumerate(prompts)]
+    batch = [small.ask(prompt, 64, owner=str(index), num_shared=32) for index, prompt in enumerate(prompts)]
     answers = [generation.whole() for generation in batch]
 
     assert len({id(sequence) for (sequence,) in admissions}) == 4
     assert len(admissions) > 4
     assert [answer.token_ids for answer in answers] == [generate(prompt, 64) for prompt in prompts]
-    assert [cached(answer) for answer in answers] == [0] * 4  # what it reads again is no present from anybody
+    assert [cached(answer) for answer in answers] == [32] * 4  # what one reads again, or finds again, does not count
     small.assert_idle()
 
 
@@ -464,12 +477,14 @@ def test_a_row_without_valid_numbers_fails_alone_and_leaves_no_trace_in_memory(
     small.assert_idle()
 
 
-def test_a_dead_device_is_called_so(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_has_failed_is_the_end(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     small = start()
     failing_once(monkeypatch, small.model, "decode", dead_device)
 
     with pytest.raises(EngineDead, match="the device has failed"):
         small.answer(random_ids(20))
+
+    eventually(lambda: small.engine.health().state is EngineState.DEAD)
 
 
 def test_after_a_failure_of_the_loop_memory_is_empty_and_the_engine_goes_on(
