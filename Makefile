@@ -6,12 +6,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install install-modelscope serve test lint bench
+.PHONY: help install install-modelscope serve test lint soak bench
 
 help:
 	@echo "make serve    the service, with the embedded model (flags: ARGS='--port 8123'; or SERVE_PORT=8123)"
 	@echo "make test     all tests"
 	@echo "make lint     ruff and mypy"
+	@echo "make soak     tests that take long"
 	@echo "make bench    measurements"
 	@echo "make install  set-up alone"
 
@@ -30,6 +31,9 @@ lint: .venv/installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+soak: .venv/installed-dev
+	@$(BIN)/python -m pytest -m soak $(ARGS)
 
 bench: .venv/installed-dev
 	@$(BIN)/python -m tests.bench $(ARGS)
