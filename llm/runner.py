@@ -69,7 +69,8 @@ class Runner(Protocol[S]):
         ...
 
     def release(self, sequence: S) -> None:
-        """Give its room back. It may be admitted again, and then goes on exactly where it was."""
+        """Give its room back. It may be admitted again, and then goes on where it was. (What it generated may
+        then be read in a prompt's way, with floats rounded in another order.)"""
         ...
 
     def reset(self) -> None:

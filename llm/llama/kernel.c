@@ -3,8 +3,8 @@
    Weights are read once per step and unpacked in registers; everything is computed in float32. A row's sums are always
    added up in the same order, so that what a sequence gets does not depend on how many others are in the step.
 
-   Written with the vector extensions of GCC and Clang, so that the compiler takes what the machine has: AVX-512, AVX2,
-   NEON. Its arrays come from `kernel.py`, which mirrors the structs below. */
+   Written with GCC's vector extensions, so that the compiler takes what the machine has: AVX-512, AVX2, NEON.
+   Its arrays come from `kernel.py`, which mirrors the structs below. */
 
 #include <math.h>
 #include <stdint.h>

@@ -1,8 +1,9 @@
 """Runs the sequences of an engine on a Llama: their blocks of memory, their steps, their sampling. Knows no queue.
 
 A prompt is read in chunks that end at fixed positions, each by itself, and a decode step computes every row alike
-whatever shares it: what a request generates does not depend on who else is there. (Where a prefix was reused, the rest
-may have been read in other pieces, and floats are rounded in another order.)
+whatever shares it: what a request generates does not depend on who else is there. What is reused is what a chunk would
+compute again; only answers are not: they come from decode steps, and reading them again as a part of a prompt (the next
+turn of a chat, or a request that had to pause) rounds floats in another order.
 """
 
 import contextlib

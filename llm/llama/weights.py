@@ -105,7 +105,8 @@ def take_weights(model: PreTrainedModel, *, context: int, quantize: str = "auto"
     parts: Any = model
     on_kernel = kernel_runs(model)
     if quantize == "auto":
-        quantize = "int4" if on_kernel and _is_on_grid(parts.model.layers[0].mlp.down_proj.weight) else "none"
+        linears = (module for module in parts.model.layers.modules() if isinstance(module, nn.Linear))
+        quantize = "int4" if on_kernel and all(_is_on_grid(module.weight) for module in linears) else "none"
     if quantize != "none" and not on_kernel:
         raise UnsupportedModel(
             f"{quantize} weights need the CPU's kernel (a CPU, a C compiler, bfloat16 or float32, and layers whose "

@@ -1,6 +1,5 @@
 """The hosted chains through LangServe's own client, over the embedded model: every verb, sync and async."""
 
-import time
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
@@ -113,15 +112,18 @@ def test_streamed_chat_chunks_add_up_to_a_message_with_its_usage_once(server: Se
 
 @each_chain
 def test_the_first_chunk_arrives_before_the_last_is_made(server: Server, name: str) -> None:
-    inputs = {**INPUTS, "chat": {"messages": [HumanMessage("Tell a long story about a dog.")]}}
-    options: RunnableConfig = {"configurable": {"max_tokens": 40, "seed": 1, "temperature": 1}}
+    story = "The dog went down to the sea and met a lighthouse keeper who told it of a storm. " * 8
+    inputs = {
+        "chat": {"messages": [HumanMessage("Tell a long story about a dog.")]},
+        "translate": {**INPUTS["translate"], "text": story},
+        "summarize": {**INPUTS["summarize"], "text": story, "max_words": 500},
+    }
+    options: RunnableConfig = {"configurable": {"max_tokens": 300, "seed": 1, "temperature": 1}}
     chunks = server.chain(name).stream(inputs[name], options)
     first = next(chunks)
-    arrived = time.monotonic()
     assert server.health()["running"] == 1
     rest = list(chunks)
     assert len(rest) > 5
-    assert time.monotonic() - arrived > 0.1
     assert joined([first, *rest]).strip()
 
 
