@@ -100,6 +100,10 @@ def check_limits(request: Request, checkpoint: Checkpoint) -> int:
     num_prompt, sampling = len(request.prompt), request.sampling
     if num_prompt == 0:
         raise InvalidOption("prompt", "at least one token", num_prompt)
+    if not 0 <= min(request.prompt) <= max(request.prompt) < checkpoint.vocab_size:
+        # In a step, it would take the others with it.
+        wrong = next(token_id for token_id in request.prompt if not 0 <= token_id < checkpoint.vocab_size)
+        raise InvalidOption("prompt", f"token ids from 0 to {checkpoint.vocab_size - 1}", wrong)
     if not 0 <= request.num_shared <= num_prompt:
         raise InvalidOption("num_shared", f"between 0 and {num_prompt}, the prompt's tokens", request.num_shared)
     if sampling.top_k > checkpoint.vocab_size:

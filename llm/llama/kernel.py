@@ -32,6 +32,7 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp",
 SPAN = 512
 """Keys that one piece of attention covers."""
 MAX_HEAD_DIM = 256
+COMPILE_TIMEOUT_S = 300
 MAX_ROWS = 64
 """Rows in one call: its threads' stacks hold sums of their inputs. More gain nothing by reading the weights once."""
 
@@ -106,7 +107,7 @@ def library() -> ctypes.CDLL | None:
     if not target.is_file():
         try:
             _compile(compiler, target)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             reason = getattr(error, "stderr", None) or error
             log.warning("%s cannot compile %s, so decoding takes torch's slower way: %s", compiler, SOURCE, reason)
             return None
@@ -216,7 +217,7 @@ def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / "kernel.so"
         command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
         made.replace(target)
 
 

@@ -205,6 +205,8 @@ def test_options_beyond_the_model_are_refused(engine: Engine) -> None:
         engine.generate(ask(top_k=engine.checkpoint.vocab_size + 1))
     with pytest.raises(InvalidOption, match="prompt must be at least one token"):
         engine.generate(ask(prompt=0))
+    with pytest.raises(InvalidOption, match="prompt must be token ids from 0 to"):
+        engine.generate(Request(prompt=(65, engine.checkpoint.vocab_size, 65), sampling=Sampling()))
 
 
 def test_logprobs_come_with_every_token(engine: Engine) -> None:
