@@ -1,7 +1,9 @@
-/* One decode step of a Llama on a CPU, for any number of sequences: embeddings in, logits out.
+/* A Llama's forward on a CPU: a decode step for any number of sequences, and a piece of one sequence's prompt.
 
-   Weights are read once per step and unpacked in registers; everything is computed in float32. A row's sums are always
-   added up in the same order, so that what a sequence gets does not depend on how many others are in the step.
+   A step reads the weights once and unpacks them in registers; everything is computed in float32. A prompt multiplies
+   bfloat16 numbers, where keys and values are bfloat16 and the machine has instructions for it. Sums are always added
+   up in the same order, so that what a sequence gets does not depend on how many others are in the step, nor on how
+   its prompt was cut.
 
    Written with GCC's vector extensions, so that the compiler takes what the machine has: AVX-512, AVX2, NEON.
    Its arrays come from `kernel.py`, which mirrors the structs below. */
@@ -12,10 +14,16 @@
 
 #include <omp.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #define LANES 16 /* outputs in a panel of weights, and tokens in a block of keys and values */
 #define GROUP 32 /* inputs that share a scale in quantised weights */
 #define SPAN 512 /* keys that one piece of attention covers */
 #define MAX_HEAD_DIM 256
+#define TOKENS 12 /* of a prompt, that are worked on at once */
+#define MAX_ROWS 64 /* in one product of float32: threads keep sums of their inputs on their stacks */
 
 typedef float f32 __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32 __attribute__((vector_size(4 * LANES)));
@@ -77,6 +85,16 @@ typedef struct {
     float *logits;  /* [row][vocabulary] */
 } Step;
 
+/* Tokens of one sequence, which follow one another, and room to work in. */
+typedef struct {
+    int64_t threads, rows, start; /* how many, and the position of the first */
+    const int32_t *table;         /* where the sequence's keys and values are */
+    float *x;                     /* [row][hidden]: embeddings in */
+    float *qkv;                   /* [row][(heads + 2 * kv_heads) * head_dim] */
+    void *input, *mlp; /* what is multiplied, float32 or bfloat16, rows filled up to a multiple of TOKENS:
+                          [row][hidden] or [row][heads * head_dim]; [row][intermediate] */
+} Prompt;
+
 /* ---- vectors ---- */
 
 INLINE f32 load(const float *from) {
@@ -110,6 +128,15 @@ INLINE f32 load_f16(const uint16_t *from) { /* finite numbers only */
 
 INLINE f32 load_kind(int kind, const void *from, int64_t at) {
     return kind == BF16 ? load_bf16((const uint16_t *)from + at) : load((const float *)from + at);
+}
+
+INLINE void store_kind(int kind, void *to, int64_t at, f32 v) {
+    if (kind == BF16) {
+        const u16 narrow = to_bf16(v);
+        memcpy((uint16_t *)to + at, &narrow, sizeof narrow);
+    } else {
+        store((float *)to + at, v);
+    }
 }
 
 INLINE u32 load_words(const uint32_t *from) {
@@ -231,19 +258,19 @@ INLINE void put(const Linear *w, enum then then, int64_t panel, f32 sum, float *
     }
 }
 
-/* Finish `panels` x `rows` sums, which begin at `panel` and at `y`. */
-INLINE void finish(const Linear *w, enum then then, int64_t panel, int panels, int rows, const f32 *sums, float *y,
-                   int64_t y_stride) {
-    for (int r = 0; r < rows; r++) {
-        float *row = y + r * y_stride;
+/* Finish the first `rows` of `panels` x `stride` sums, which begin at `panel`; y begins at their first row. `kind` is
+   how GATE stores. */
+INLINE void finish(const Linear *w, enum then then, int kind, int64_t panel, int panels, int64_t rows, int64_t stride,
+                   const f32 *sums, void *y, int64_t y_stride) {
+    for (int64_t r = 0; r < rows; r++) {
         if (then == GATE) {
             for (int p = 0; p < panels; p += 2) {
-                f32 gate = sums[p * rows + r], up = sums[(p + 1) * rows + r];
+                f32 gate = sums[p * stride + r], up = sums[(p + 1) * stride + r];
                 if (w->bias) gate += load(w->bias + (panel + p) * LANES), up += load(w->bias + (panel + p + 1) * LANES);
-                store(row + (panel + p) / 2 * LANES, gate / (1 + power_of_e(-gate)) * up);
+                store_kind(kind, y, r * y_stride + (panel + p) / 2 * LANES, gate / (1 + power_of_e(-gate)) * up);
             }
         } else {
-            for (int p = 0; p < panels; p++) put(w, then, panel + p, sums[p * rows + r], row);
+            for (int p = 0; p < panels; p++) put(w, then, panel + p, sums[p * stride + r], (float *)y + r * y_stride);
         }
     }
 }
@@ -252,7 +279,7 @@ INLINE void finish(const Linear *w, enum then then, int64_t panel, int panels, i
     do {                                                                                                               \
         f32 sums[PANELS][ROWS];                                                                                        \
         tile_##PANELS##x##ROWS(w, kind, panel, x + row * inputs, x_sums + row * groups, sums);                         \
-        finish(w, then, panel, PANELS, ROWS, &sums[0][0], y + row * y_stride, y_stride);                               \
+        finish(w, then, F32, panel, PANELS, ROWS, ROWS, &sums[0][0], y + row * y_stride, y_stride);                   \
     } while (0)
 
 /* y = x w' for all rows; called by all threads of a team, which share the panels. */
@@ -296,17 +323,15 @@ static void multiply(const Linear *w, enum then then, int64_t rows, const float 
 
 /* ---- the rest of a layer ---- */
 
-/* y = x over its root mean square, times weight; every thread does all rows. */
-static void normalise(const Model *model, const float *weight, int64_t rows, const float *x, float *y) {
+/* y = x over its root mean square, times weight. */
+static void normalise(const Model *model, const float *weight, const float *x, int kind, void *y, int64_t row) {
     const int64_t hidden = model->hidden;
-    for (int64_t row = 0; row < rows; row++) {
-        const float *from = x + row * hidden;
-        f32 squares = {};
-        for (int64_t i = 0; i < hidden; i += LANES) squares += load(from + i) * load(from + i);
-        const float scale = 1 / sqrtf(add_up(squares) / hidden + model->epsilon);
-        for (int64_t i = 0; i < hidden; i += LANES)
-            store(y + row * hidden + i, load(from + i) * scale * load(weight + i));
-    }
+    const float *from = x + row * hidden;
+    f32 squares = {};
+    for (int64_t i = 0; i < hidden; i += LANES) squares += load(from + i) * load(from + i);
+    const float scale = 1 / sqrtf(add_up(squares) / hidden + model->epsilon);
+    for (int64_t i = 0; i < hidden; i += LANES)
+        store_kind(kind, y, row * hidden + i, load(from + i) * scale * load(weight + i));
 }
 
 /* Turn a head by its position and scale it. */
@@ -320,15 +345,14 @@ INLINE void turn(const Model *model, int64_t position, float scale, const float 
     }
 }
 
-/* Put a row's key and value of one head into their block. */
-static void place(const Model *model, const Layer *layer, const Step *step, int64_t row, int64_t kv_head) {
-    const int64_t size = model->head_dim, position = step->positions[row], slot = position % LANES;
-    const float *heads = step->qkv + row * (model->heads + 2 * model->kv_heads) * size;
+/* Put a token's key and value of one head into their block; `heads` are the token's queries, keys and values. */
+static void place(const Model *model, const Layer *layer, const int32_t *table, int64_t position, int64_t kv_head,
+                  const float *heads) {
+    const int64_t size = model->head_dim, slot = position % LANES;
     const float *value = heads + (model->heads + model->kv_heads + kv_head) * size;
     float key[MAX_HEAD_DIM];
     turn(model, position, 1, heads + (model->heads + kv_head) * size, key);
-    const int64_t block = step->tables[row * step->max_blocks + position / LANES];
-    const int64_t at = (block * model->kv_heads + kv_head) * size * LANES;
+    const int64_t at = (table[position / LANES] * model->kv_heads + kv_head) * size * LANES;
     if (model->kv_kind == BF16) {
         for (int64_t i = 0; i < size; i += LANES) {
             const u16 narrow_key = to_bf16(load(key + i)), narrow_value = to_bf16(load(value + i));
@@ -429,14 +453,15 @@ static void attend(const Model *model, const Layer *layer, const Step *step, int
                 const int64_t position = step->positions[row], keys = position + 1, first = span * SPAN;
                 if (first >= keys) continue;
                 const int64_t end = first + SPAN < keys ? first + SPAN : keys;
-                if (end == keys) place(model, layer, step, row, kv_head);
                 const int32_t *table = step->tables + row * step->max_blocks;
+                const float *heads = step->qkv + row * stride;
+                if (end == keys) place(model, layer, table, position, kv_head, heads);
                 for (int64_t g = 0; g < shared;) {
                     const int64_t head = kv_head * shared + g, left = shared - g;
                     const int64_t take = left < 4 ? left : 4;
                     float queries[4 * MAX_HEAD_DIM];
                     for (int64_t i = 0; i < take; i++)
-                        turn(model, position, scale, step->qkv + row * stride + (head + i) * size, queries + i * size);
+                        turn(model, position, scale, heads + (head + i) * size, queries + i * size);
                     float *out = step->partial + (row * model->heads + head) * out_stride + span * entry;
 #define TAKE(N)                                                                                                        \
     if (model->kv_kind == BF16)                                                                                        \
@@ -484,74 +509,232 @@ void decode(const Model *model, const Step *step) {
         float *mixed = step->mixed + omp_get_thread_num() * rows * heads;
         for (int64_t i = 0; i < model->num_layers; i++) {
             const Layer *layer = model->layers + i;
-            normalise(model, layer->attention_norm, rows, step->x, normed);
+            for (int64_t row = 0; row < rows; row++) normalise(model, layer->attention_norm, step->x, F32, normed, row);
             multiply(&layer->qkv, SET, rows, normed, step->qkv, qkv);
             attend(model, layer, step, most_spans);
             combine(model, step, most_spans, mixed);
             multiply(&layer->out, ADD, rows, mixed, step->x, model->hidden);
-            normalise(model, layer->mlp_norm, rows, step->x, normed);
+            for (int64_t row = 0; row < rows; row++) normalise(model, layer->mlp_norm, step->x, F32, normed, row);
             multiply(&layer->gate_up, GATE, rows, normed, step->mlp, model->intermediate);
             multiply(&layer->down, ADD, rows, step->mlp, step->x, model->hidden);
         }
-        normalise(model, model->norm, rows, step->x, normed);
+        for (int64_t row = 0; row < rows; row++) normalise(model, model->norm, step->x, F32, normed, row);
         multiply(&model->head, SET, rows, normed, step->logits, model->head.outputs);
     }
 }
 
-/* ---- back to plain matrices ---- */
+/* ---- reading a prompt ---- */
 
-/* Turn 16 rows of 16 into 16 columns. */
-INLINE void transpose(f32 v[LANES]) {
-    UNROLL for (int width = 1; width < LANES; width *= 2) {
-        i32 low, high;
-        for (int lane = 0; lane < LANES; lane++) {
-            low[lane] = lane & width ? LANES + lane - width : lane;
-            high[lane] = lane & width ? LANES + lane : lane + width;
+#ifdef __AVX512BF16__
+
+/* Two numbers in one word, as bfloat16. */
+INLINE u32 pair(f32 low, f32 high) { return round_bits(low) >> 16 | (round_bits(high) & 0xffff0000); }
+
+/* Write two panels as bfloat16, which lie as weights of that kind do. */
+INLINE void narrow_panels(const Linear *w, int kind, int64_t panel, uint32_t *words) {
+    const int64_t inputs = w->inputs, groups = inputs / GROUP;
+    const int in_word = per_word(kind), per_group = kind == INT4 ? 2 : 1; /* vectors of scales */
+    for (int64_t g = panel * groups; g < (panel + 2) * groups; g++) {
+        f32 v[GROUP];
+        UNROLL for (int i = 0; i < GROUP; i += in_word) {
+            const u32 word = load_words(w->weights + (g * GROUP + i) / in_word * LANES);
+            UNROLL for (int j = 0; j < in_word; j++) v[i + j] = input_of(kind, word, j);
         }
-        UNROLL for (int i = 0; i < LANES; i++) {
-            if (i & width) continue;
-            f32 a = v[i], b = v[i + width];
-            v[i] = __builtin_shuffle(a, b, low);
-            v[i + width] = __builtin_shuffle(a, b, high);
+        if (kind == INT8 || kind == INT4) {
+            const f32 scale = load_f16(w->scales + g * per_group * LANES);
+            const f32 minimum = kind == INT4 ? load_f16(w->scales + (g * per_group + 1) * LANES) : (f32){};
+            UNROLL for (int i = 0; i < GROUP; i++) v[i] = v[i] * scale + minimum;
         }
-    }
-}
-
-/* Two rows of bfloat16 in one of 32-bit words. */
-INLINE f32 pair(f32 low, f32 high) { return (f32)(round_bits(low) >> 16 | (round_bits(high) & 0xffff0000)); }
-
-INLINE void unpack_kind(const Linear *w, int kind, int out_kind, void *out) {
-    const int64_t inputs = w->inputs, groups = inputs / GROUP, panels = (w->outputs + LANES - 1) / LANES;
-    const int in_word = per_word(kind), width = out_kind == BF16 ? GROUP : LANES; /* inputs in 64 bytes */
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++) {
-        const int64_t row = w->is_interleaved ? panel / 2 * LANES + panel % 2 * (w->outputs / 2) : panel * LANES;
-        const int64_t rows = panel * LANES + LANES > w->outputs ? w->outputs - panel * LANES : LANES;
-        for (int64_t k = 0; k < inputs; k += width) {
-            f32 v[GROUP];
-            UNROLL for (int i = 0; i < width; i += in_word) {
-                const u32 words = load_words(w->weights + (panel * inputs + k + i) / in_word * LANES);
-                UNROLL for (int j = 0; j < in_word; j++) v[i + j] = input_of(kind, words, j);
-            }
-            if (kind == INT8 || kind == INT4) {
-                const int per_group = kind == INT8 ? 1 : 2;
-                const uint16_t *scales = w->scales + (panel * groups + k / GROUP) * per_group * LANES;
-                const f32 scale = load_f16(scales), minimum = kind == INT4 ? load_f16(scales + LANES) : (f32){};
-                UNROLL for (int i = 0; i < width; i++) v[i] = v[i] * scale + minimum;
-            }
-            if (out_kind == BF16) UNROLL for (int i = 0; i < LANES; i++) v[i] = pair(v[2 * i], v[2 * i + 1]);
-            transpose(v);
-            for (int64_t i = 0; i < rows; i++) store((float *)out + ((row + i) * inputs + k) * LANES / width, v[i]);
+        UNROLL for (int i = 0; i < GROUP; i += 2, words += LANES) {
+            const u32 word = pair(v[i], v[i + 1]);
+            memcpy(words, &word, sizeof word);
         }
     }
 }
 
-/* Write the matrix as [output][input] of `out_kind`. */
-void unpack(const Linear *w, int64_t out_kind, void *out) {
-    switch (w->kind) {
-        case F32: unpack_kind(w, F32, out_kind, out); break;
-        case BF16: unpack_kind(w, BF16, out_kind, out); break;
-        case INT8: unpack_kind(w, INT8, out_kind, out); break;
-        default: unpack_kind(w, INT4, out_kind, out);
+/* Two panels times TOKENS rows of bfloat16: sums[panel][row], 16 outputs each. */
+INLINE void tile_narrow(int64_t inputs, const uint32_t *words, const uint16_t *x, f32 sums[2][TOKENS]) {
+    const int64_t pairs = inputs / 2;
+    f32 total[2][TOKENS] = {};
+    for (int64_t k = 0; k < pairs; k++) {
+        const __m512bh first = (__m512bh)load_words(words + k * LANES);
+        const __m512bh second = (__m512bh)load_words(words + (pairs + k) * LANES);
+        UNROLL for (int r = 0; r < TOKENS; r++) {
+            uint32_t both;
+            memcpy(&both, x + r * inputs + 2 * k, sizeof both);
+            const __m512bh input = (__m512bh)((u32){} + both);
+            total[0][r] = (f32)_mm512_dpbf16_ps((__m512)total[0][r], first, input);
+            total[1][r] = (f32)_mm512_dpbf16_ps((__m512)total[1][r], second, input);
+        }
+    }
+    memcpy(sums, total, sizeof total);
+}
+
+static void multiply_narrow(const Linear *w, enum then then, int64_t rows, const uint16_t *x, void *y,
+                            int64_t y_stride) {
+    const int64_t panels = (w->outputs + 2 * LANES - 1) / (2 * LANES) * 2;
+    uint32_t room[w->kind == BF16 ? 1 : w->inputs * LANES];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t panel = 0; panel < panels; panel += 2) {
+        const uint32_t *words = room;
+        switch (w->kind) {
+            case F32: narrow_panels(w, F32, panel, room); break;
+            case BF16: words = w->weights + panel * w->inputs / 2 * LANES; break;
+            case INT8: narrow_panels(w, INT8, panel, room); break;
+            default: narrow_panels(w, INT4, panel, room);
+        }
+        for (int64_t row = 0; row < rows; row += TOKENS) {
+            f32 sums[2][TOKENS];
+            const int64_t left = rows - row;
+            tile_narrow(w->inputs, words, x + row * w->inputs, sums);
+            if (then == GATE)
+                finish(w, then, BF16, panel, 2, left < TOKENS ? left : TOKENS, TOKENS, &sums[0][0],
+                       (uint16_t *)y + row * y_stride, y_stride);
+            else
+                finish(w, then, F32, panel, 2, left < TOKENS ? left : TOKENS, TOKENS, &sums[0][0],
+                       (float *)y + row * y_stride, y_stride);
+        }
+    }
+}
+
+#endif
+
+int64_t input_kind(int64_t kv_kind) {
+#ifdef __AVX512BF16__
+    return kv_kind;
+#else
+    (void)kv_kind;
+    return F32;
+#endif
+}
+
+/* y = x w' for all rows of a prompt; x is of the kind of inputs, and y too if it is for the next product (GATE). */
+static void product(const Model *model, const Linear *w, enum then then, int64_t rows, const void *x, void *y,
+                    int64_t y_stride) {
+#ifdef __AVX512BF16__
+    if (model->kv_kind == BF16) {
+        multiply_narrow(w, then, rows, x, y, y_stride);
+        return;
+    }
+#endif
+    for (int64_t row = 0; row < rows; row += MAX_ROWS)
+        multiply(w, then, rows - row < MAX_ROWS ? rows - row : MAX_ROWS, (const float *)x + row * w->inputs,
+                 (float *)y + row * y_stride, y_stride);
+}
+
+/* `WIDTH` vectors of values from dimension `i` on, weighted and added to `out` [token][head_dim]. */
+#define WEIGH_TILE(WIDTH)                                                                                              \
+    {                                                                                                                  \
+        f32 mixed[TOKENS][WIDTH];                                                                                      \
+        UNROLL for (int r = 0; r < TOKENS; r++)                                                                        \
+            UNROLL for (int j = 0; j < WIDTH; j++) mixed[r][j] = load(out[r] + i + j * LANES) * fade[r];               \
+        for (int64_t t = 0; t < length; t++) {                                                                         \
+            const int64_t block = table[(span + t) / LANES] * model->kv_heads + kv_head;                               \
+            UNROLL for (int j = 0; j < WIDTH; j++) {                                                                   \
+                const f32 value = load_kind(kind, layer->values, (block * LANES + t % LANES) * size + i + j * LANES);  \
+                UNROLL for (int r = 0; r < TOKENS; r++) mixed[r][j] += value * scores[r][t];                           \
+            }                                                                                                          \
+        }                                                                                                              \
+        UNROLL for (int r = 0; r < TOKENS; r++)                                                                        \
+            UNROLL for (int j = 0; j < WIDTH; j++) store(out[r] + i + j * LANES, mixed[r][j]);                         \
+    }
+
+/* One head of up to TOKENS tokens, over all keys up to themselves. A span of keys at a time: what was weighted before
+   fades when a higher score comes (Milakov & Gimelshein 2018, arXiv:1805.02867). */
+INLINE void read_tile(const Model *model, const Layer *layer, int kind, int input_kind, const Prompt *prompt,
+                      int64_t row, int64_t head) {
+    const int64_t size = model->head_dim, stride = (model->heads + 2 * model->kv_heads) * size;
+    const int64_t kv_head = head / (model->heads / model->kv_heads), start = prompt->start + row;
+    const int64_t rows = prompt->rows - row < TOKENS ? prompt->rows - row : TOKENS, end = start + rows;
+    const int32_t *table = prompt->table;
+    float queries[TOKENS][MAX_HEAD_DIM] = {}, out[TOKENS][MAX_HEAD_DIM] = {};
+    float scores[TOKENS][SPAN + LANES] __attribute__((aligned(64))); /* not at distances that share a place in caches */
+    float highest[TOKENS], sums[TOKENS] = {}, fade[TOKENS];
+    i32 lanes;
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    for (int r = 0; r < TOKENS; r++) highest[r] = -INFINITY;
+    for (int r = 0; r < rows; r++)
+        turn(model, start + r, 1 / sqrtf(size), prompt->qkv + (row + r) * stride + head * size, queries[r]);
+    for (int64_t span = 0; span < end; span += SPAN) {
+        const int64_t length = end - span < SPAN ? end - span : SPAN;
+        for (int64_t t = 0; t < length; t += 2 * LANES) {
+            const int64_t next = t + LANES < length ? t + LANES : t; /* beyond the end: computed in vain */
+            const int64_t at = (table[(span + t) / LANES] * model->kv_heads + kv_head) * size * LANES;
+            const int64_t next_at = (table[(span + next) / LANES] * model->kv_heads + kv_head) * size * LANES;
+            f32 score[2][TOKENS] = {};
+            for (int64_t i = 0; i < size; i++) {
+                const f32 key = load_kind(kind, layer->keys, at + i * LANES);
+                const f32 next_key = load_kind(kind, layer->keys, next_at + i * LANES);
+                UNROLL for (int r = 0; r < TOKENS; r++) {
+                    score[0][r] += key * queries[r][i];
+                    score[1][r] += next_key * queries[r][i];
+                }
+            }
+            UNROLL for (int j = 0; j < 2; j++)
+                UNROLL for (int r = 0; r < TOKENS; r++) {
+                    const i32 is_known = lanes + (int)(span + t + j * LANES - start) <= r;
+                    const f32 none = (f32){} - INFINITY;
+                    store(scores[r] + t + j * LANES, (f32)(((i32)score[j][r] & is_known) | ((i32)none & ~is_known)));
+                }
+        }
+        for (int r = 0; r < TOKENS; r++) {
+            f32 greatest = (f32){} - INFINITY, sum = {};
+            for (int64_t t = 0; t < length; t += LANES) greatest = greater(greatest, load(scores[r] + t));
+            float most = highest[r];
+            for (int i = 0; i < LANES; i++) most = greatest[i] > most ? greatest[i] : most;
+            for (int64_t t = 0; t < length; t += LANES) {
+                const f32 score = load(scores[r] + t);
+                const i32 is_known = score > (f32){} - INFINITY;
+                const f32 weight = (f32)((i32)power_of_e(score - most) & is_known);
+                store(scores[r] + t, weight);
+                sum += weight;
+            }
+            fade[r] = expf(highest[r] - most);
+            sums[r] = sums[r] * fade[r] + add_up(sum);
+            highest[r] = most;
+        }
+        if (size % (2 * LANES) == 0)
+            for (int64_t i = 0; i < size; i += 2 * LANES)
+                WEIGH_TILE(2)
+        else
+            for (int64_t i = 0; i < size; i += LANES)
+                WEIGH_TILE(1)
+    }
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < size; i += LANES)
+            store_kind(input_kind, prompt->input, ((row + r) * model->heads + head) * size + i,
+                       load(out[r] + i) / sums[r]);
+}
+
+INLINE void read_all(const Model *model, const Layer *layer, int kind, int input_kind, const Prompt *prompt) {
+#pragma omp for schedule(dynamic, 1) collapse(2)
+    for (int64_t row = 0; row < prompt->rows; row += TOKENS)
+        for (int64_t head = 0; head < model->heads; head++)
+            read_tile(model, layer, kind, input_kind, prompt, row, head);
+}
+
+/* Compute keys and values, and put them into their blocks. */
+void prefill(const Model *model, const Prompt *prompt) {
+    const int64_t rows = prompt->rows, qkv = (model->heads + 2 * model->kv_heads) * model->head_dim;
+    const int kind = input_kind(model->kv_kind);
+#pragma omp parallel num_threads(prompt->threads)
+    for (int64_t i = 0; i < model->num_layers; i++) {
+        const Layer *layer = model->layers + i;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) normalise(model, layer->attention_norm, prompt->x, kind, prompt->input, row);
+        product(model, &layer->qkv, SET, rows, prompt->input, prompt->qkv, qkv);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t kv_head = 0; kv_head < model->kv_heads; kv_head++)
+                place(model, layer, prompt->table, prompt->start + row, kv_head, prompt->qkv + row * qkv);
+        if (i == model->num_layers - 1) break; /* nobody asks for what comes after the last keys and values */
+        if (model->kv_kind == F32) read_all(model, layer, F32, F32, prompt);
+        else if (kind == F32) read_all(model, layer, BF16, F32, prompt);
+        else read_all(model, layer, BF16, BF16, prompt);
+        product(model, &layer->out, ADD, rows, prompt->input, prompt->x, model->hidden);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) normalise(model, layer->mlp_norm, prompt->x, kind, prompt->input, row);
+        product(model, &layer->gate_up, GATE, rows, prompt->input, prompt->mlp, model->intermediate);
+        product(model, &layer->down, ADD, rows, prompt->mlp, prompt->x, model->hidden);
     }
 }

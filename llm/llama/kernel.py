@@ -1,4 +1,4 @@
-"""The CPU's decode step, from `kernel.c`: compiled once for this machine, called without the interpreter's lock.
+"""A Llama's forward on a CPU, from `kernel.c`: compiled once for this machine, called without the interpreter's lock.
 
 Knows a C compiler and the layouts of its structs; knows no requests.
 """
@@ -33,8 +33,10 @@ SPAN = 512
 """Keys that one piece of attention covers."""
 MAX_HEAD_DIM = 256
 COMPILE_TIMEOUT_S = 300
+TOKENS = 12
+"""Of a prompt, that the kernel works on at once."""
 MAX_ROWS = 64
-"""Rows in one call: its threads' stacks hold sums of their inputs. More gain nothing by reading the weights once."""
+"""Rows of a step in one call: its threads' stacks hold sums of their inputs. More gain nothing by reading the weights once."""
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +98,23 @@ class Step(Structure):
     )
 
 
+class Prompt(Structure):
+    """Tokens of one sequence, and room to work in."""
+
+    _fields_ = (
+        ("threads", c_int64),
+        ("rows", c_int64),
+        ("start", c_int64),
+        *((name, c_void_p) for name in ("table", "x", "qkv", "input", "mlp")),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel; None where there is no C compiler that can make it."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        log.warning("There is no C compiler (cc): decoding takes torch's way, which is several times slower")
+        log.warning("There is no C compiler (cc): torch's own operations are used, which are several times slower")
         return None
     target = cache_dir() / "kernel" / f"{_identity(compiler)}.so"
     if not target.is_file():
@@ -109,23 +122,23 @@ def library() -> ctypes.CDLL | None:
             _compile(compiler, target)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             reason = getattr(error, "stderr", None) or error
-            log.warning("%s cannot compile %s, so decoding takes torch's slower way: %s", compiler, SOURCE, reason)
+            log.warning("%s cannot compile %s, so torch's slower operations are used: %s", compiler, SOURCE, reason)
             return None
     torch.get_num_threads()  # torch's OpenMP runtime is there first, and becomes the kernel's too: one team of threads
     try:
         loaded = ctypes.CDLL(str(target))
     except OSError as error:  # a directory that nothing may be run from, or a damaged file
-        log.warning("%s cannot be loaded, so decoding takes torch's slower way: %s", target, error)
+        log.warning("%s cannot be loaded, so torch's slower operations are used: %s", target, error)
         return None
     loaded.decode.argtypes = [POINTER(Model), POINTER(Step)]
     loaded.decode.restype = None
-    loaded.unpack.argtypes = [POINTER(Linear), c_int64, c_void_p]
-    loaded.unpack.restype = None
+    loaded.prefill.argtypes = [POINTER(Model), POINTER(Prompt)]
+    loaded.prefill.restype = None
     return loaded
 
 
-class Decoder:
-    """Decodes with packed weights, over keys and values that lie as `kernel.c` wants them."""
+class Kernel:
+    """Computes with packed weights, over keys and values that lie as `kernel.c` wants them."""
 
     def __init__(self, weights: "Weights", keys: list[Tensor], values: list[Tensor]) -> None:
         self._library = loaded()
@@ -154,6 +167,16 @@ class Decoder:
         )
         widths = (weights.hidden, layers[0].qkv.outputs, layers[0].out.inputs, layers[0].down.inputs)
         self._hidden, self._qkv, self._mixed, self._mlp = widths
+
+    def prefill(self, x: Tensor, start: int, blocks: list[int]) -> None:
+        """Compute keys and values, for embeddings, float32 (tokens, hidden), which are overwritten."""
+        rows = len(x)
+        filled_up = -(-rows // TOKENS) * TOKENS
+        table = torch.tensor(blocks, dtype=torch.int32)
+        widths = (self._qkv, max(self._hidden, self._mixed), self._mlp)
+        room = [torch.empty(filled_up * width) for width in widths]
+        prompt = Prompt(torch.get_num_threads(), rows, start, *(part.data_ptr() for part in (table, x, *room)))
+        self._library.prefill(ctypes.byref(self._model), ctypes.byref(prompt))
 
     def decode(self, x: Tensor, positions: list[int], tables: list[list[int]]) -> Tensor:
         """Logits, float32 (rows, vocabulary), for embeddings, float32 (rows, hidden), which are overwritten."""
@@ -185,12 +208,6 @@ class Decoder:
             bias = panels.contiguous()
             self._kept.append(bias)
         return _linear(matrix, bias)
-
-
-def unpack(matrix: PackedMatrix, into: Tensor) -> None:
-    """Write a matrix plainly: (outputs, inputs), float32 or bfloat16. Many times as quick as `matrix.unpack()`."""
-    kind = Format.BFLOAT16 if into.dtype == torch.bfloat16 else Format.FLOAT32
-    loaded().unpack(ctypes.byref(_linear(matrix, None)), kind, into.data_ptr())
 
 
 def _linear(matrix: PackedMatrix, bias: Tensor | None) -> Linear:

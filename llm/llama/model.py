@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llm.llama.blocks import BLOCK
-from llm.llama.kernel import Decoder, unpack
+from llm.llama.kernel import Kernel
 from llm.llama.matrix import PackedMatrix
 from llm.llama.weights import LayerWeights, Projection, Weights
 
@@ -30,8 +30,7 @@ class Llama:
         self._keys = [torch.empty(shape, dtype=weights.dtype, device=layer.device) for layer in weights.layers]
         # Values lie the other way round, so that both products of attention read memory in order.
         self._values = [keys.new_empty(*shape[:2], BLOCK, weights.head_dim) for keys in self._keys]
-        self._decoder = Decoder(weights, self._keys, self._values) if weights.is_packed else None
-        self._plain = torch.empty(weights.largest_matrix, dtype=weights.dtype) if weights.is_packed else None
+        self._kernel = Kernel(weights, self._keys, self._values) if weights.is_packed else None
 
     @torch.inference_mode()
     def prefill(self, ids: list[int], start: int, blocks: list[int]) -> None:
@@ -39,6 +38,13 @@ class Llama:
 
         Those of all earlier positions are in `blocks` already, where there is room for these too.
         """
+        if self._kernel is not None:
+            x = functional.embedding(torch.tensor(ids), self.weights.embedding).float()
+            self._kernel.prefill(x, start, blocks)
+        else:
+            self._prefill(ids, start, blocks)
+
+    def _prefill(self, ids: list[int], start: int, blocks: list[int]) -> None:
         weights, end = self.weights, start + len(ids)
         device = weights.embedding.device
         positions = torch.arange(start, end, device=device)
@@ -62,9 +68,9 @@ class Llama:
 
         Returns logits, float32 (rows, vocabulary).
         """
-        if self._decoder is not None:
+        if self._kernel is not None:
             x = functional.embedding(torch.tensor(ids), self.weights.embedding).float()
-            return self._decoder.decode(x, positions, tables)
+            return self._kernel.decode(x, positions, tables)
         return self._decode(ids, positions, tables)
 
     def _decode(self, ids: list[int], positions: list[int], tables: list[list[int]]) -> Tensor:
@@ -110,11 +116,7 @@ class Llama:
 
     def _project(self, projection: Projection, x: Tensor) -> Tensor:
         matrix = projection.matrix
-        if isinstance(matrix, PackedMatrix):
-            assert self._plain is not None
-            plain = self._plain[: matrix.num_weights].view(matrix.outputs, matrix.inputs)
-            unpack(matrix, plain)
-            matrix = plain
+        assert not isinstance(matrix, PackedMatrix), "packed weights are the kernel's"
         if len(x) < FEW:
             return functional.linear(functional.pad(x, (0, 0, 0, FEW - len(x))), matrix, projection.bias)[: len(x)]
         return functional.linear(x, matrix, projection.bias)
