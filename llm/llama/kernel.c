@@ -130,6 +130,11 @@ INLINE f32 load_kind(int kind, const void *from, int64_t at) {
     return kind == BF16 ? load_bf16((const uint16_t *)from + at) : load((const float *)from + at);
 }
 
+/* Have it read from memory meanwhile. */
+INLINE void fetch(int kind, const void *from, int64_t at) {
+    __builtin_prefetch((const char *)from + at * (kind == BF16 ? 2 : 4));
+}
+
 INLINE void store_kind(int kind, void *to, int64_t at, f32 v) {
     if (kind == BF16) {
         const u16 narrow = to_bf16(v);
@@ -392,14 +397,18 @@ static void place(const Model *model, const Layer *layer, const int32_t *table, 
         f32 highest[GROUPED];                                                                                          \
         UNROLL for (int g = 0; g < GROUPED; g++) highest[g] = (f32){} - INFINITY;                                      \
         for (int64_t t = 0; t < length; t += 4 * LANES) {                                                              \
-            int64_t at[4];                                                                                             \
+            int64_t at[4], soon[4];                                                                                    \
             UNROLL for (int j = 0; j < 4; j++) {                                                                       \
                 const int64_t key = t + j * LANES < length ? t + j * LANES : t; /* beyond the end: computed in vain */ \
                 at[j] = (table[(first + key) / LANES] * model->kv_heads + kv_head) * size * LANES;                     \
+                const int64_t later = key + 4 * LANES < length ? key + 4 * LANES : key;                                \
+                soon[j] = (table[(first + later) / LANES] * model->kv_heads + kv_head) * size * LANES;                 \
             }                                                                                                          \
             f32 score[4][GROUPED] = {};                                                                                \
             for (int64_t i = 0; i < size; i++)                                                                         \
                 UNROLL for (int j = 0; j < 4; j++) {                                                                   \
+                    fetch(kind, layer->values, at[j] + i * LANES);                                                     \
+                    fetch(kind, layer->keys, soon[j] + i * LANES);                                                     \
                     const f32 key = load_kind(kind, layer->keys, at[j] + i * LANES);                                   \
                     UNROLL for (int g = 0; g < GROUPED; g++) score[j][g] += key * queries[g * size + i];               \
                 }                                                                                                      \
