@@ -1,4 +1,4 @@
-"""A Llama's forward on a CPU, from `kernel.c`: compiled once for this machine, called without the interpreter's lock.
+"""A Llama's forward on a CPU, in C (`native/`): compiled once for this machine, called without the interpreter's lock.
 
 Knows a C compiler and the layouts of its structs; knows no requests.
 """
@@ -27,8 +27,11 @@ from llm.llama.matrix import PANEL, Format, PackedMatrix
 if TYPE_CHECKING:
     from llm.llama.weights import Projection, Weights
 
-SOURCE = Path(__file__).with_name("kernel.c")
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
+NATIVE = Path(__file__).with_name("native")
+FLAGS = (
+    *("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast"),
+    *("-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden"),
+)
 SPAN = 512
 """Keys that one piece of attention covers."""
 MAX_HEAD_DIM = 256
@@ -36,7 +39,7 @@ COMPILE_TIMEOUT_S = 300
 TOKENS = 12
 """Of a prompt, that the kernel works on at once."""
 MAX_ROWS = 64
-"""Rows of a step in one call: its threads' stacks hold sums of their inputs. More gain nothing by reading the weights once."""
+"""Rows of a step in one call: threads keep sums of their inputs on their stacks. More rows would gain nothing."""
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +125,7 @@ def library() -> ctypes.CDLL | None:
             _compile(compiler, target)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             reason = getattr(error, "stderr", None) or error
-            log.warning("%s cannot compile %s, so torch's slower operations are used: %s", compiler, SOURCE, reason)
+            log.warning("%s cannot compile %s, so torch's slower operations are used: %s", compiler, NATIVE, reason)
             return None
     torch.get_num_threads()  # torch's OpenMP runtime is there first, and becomes the kernel's too: one team of threads
     try:
@@ -138,7 +141,7 @@ def library() -> ctypes.CDLL | None:
 
 
 class Kernel:
-    """Computes with packed weights, over keys and values that lie as `kernel.c` wants them."""
+    """Computes with packed weights, over keys and values that lie as `native/` wants them."""
 
     def __init__(self, weights: "Weights", keys: list[Tensor], values: list[Tensor]) -> None:
         self._library = loaded()
@@ -233,7 +236,7 @@ def _compile(compiler: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / "kernel.so"
-        command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+        command = [*shlex.split(compiler), *FLAGS, *map(str, NATIVE.glob("*.c")), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
         made.replace(target)
 
@@ -243,5 +246,6 @@ def _identity(compiler: str) -> str:
     about = Path("/proc/cpuinfo")  # on Linux
     lines = about.read_text().splitlines() if about.is_file() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = (SOURCE.read_text(), *FLAGS, compiler, platform.machine(), platform.processor(), flags)
+    sources = (path.read_text() for path in sorted(NATIVE.iterdir()))
+    parts = (*sources, *FLAGS, compiler, platform.machine(), platform.processor(), flags)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

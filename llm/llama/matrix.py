@@ -1,6 +1,6 @@
 """Weight matrices as the CPU's kernel reads them: in panels of 16 outputs, as they are or in groups of few bits.
 
-Knows number formats and layouts; knows no layers and no models. The layouts are those of `kernel.c`.
+Knows number formats and layouts; knows no layers and no models. The layouts are those of `native/products.h`.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ GROUP = 32
 
 
 class Format(IntEnum):
-    """How a weight is stored; the numbers are those of `kernel.c`."""
+    """How a weight is stored; the numbers are those of `native/vectors.h`."""
 
     FLOAT32 = 0
     BFLOAT16 = 1
@@ -42,11 +42,6 @@ class PackedMatrix:
     """The panels of the first half of the outputs and those of the second half take turns."""
     scales: Tensor | None
     """float16. INT8: (panels, groups, 1, 16). INT4: (panels, groups, 2, 16), scale and minimum."""
-
-    @property
-    def num_weights(self) -> int:
-        """How many they are."""
-        return self.outputs * self.inputs
 
     @property
     def num_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""A Llama's forward over paged keys and values: it reads prompts in torch, and decodes in torch or in the CPU's kernel.
+"""A Llama's forward over paged keys and values: by the CPU's kernel where there is one, else in torch.
 
 Knows tensors, layers and blocks of memory. Knows no requests: which blocks are whose is said with every call.
 """

@@ -72,15 +72,8 @@ class Weights:
         return self.embedding.shape[1]
 
     @property
-    def largest_matrix(self) -> int:
-        """Weights of the largest matrix in a layer."""
-        layer = self.layers[0]
-        matrices = (projection.matrix for projection in (layer.qkv, layer.out, layer.gate_up, layer.down))
-        return max(matrix.num_weights if isinstance(matrix, PackedMatrix) else matrix.numel() for matrix in matrices)
-
-    @property
     def is_packed(self) -> bool:
-        """True if the CPU's kernel can decode with them."""
+        """True if they are for the CPU's kernel."""
         return isinstance(self.head.matrix, PackedMatrix)
 
 
@@ -135,7 +128,7 @@ def take_weights(model: PreTrainedModel, *, context: int, quantize: str = "auto"
 
 
 def kernel_runs(model: PreTrainedModel) -> bool:
-    """True if `kernel.c` can be had, and knows this model's sizes and number formats."""
+    """True if the kernel can be had, and knows this model's sizes and number formats."""
     config: Any = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     sizes = (config.hidden_size, config.intermediate_size, heads * _head_dim(config))

@@ -1,7 +1,9 @@
-"""The compiled decode step against torch's, and what happens where it cannot be compiled."""
+"""The compiled forward against torch's, and what happens where it cannot be compiled."""
 
 import logging
 import os
+import platform
+import shutil
 import stat
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 from llm.errors import UnsupportedModel
 from llm.llama import kernel
 from llm.llama.blocks import BLOCK
-from llm.llama.matrix import Format, pack
+from llm.llama.matrix import Format
 from llm.llama.model import Llama
 from tests.llm.llama.tiny_models import (
     expected_logits,
@@ -219,35 +221,72 @@ def test_what_memory_held_before_does_not_show(kind: Kind) -> None:
     assert torch.equal(logits[0], logits[2])
 
 
-@pytest.mark.parametrize("outputs", [16, 17, 33, 48, 97, 104])
-@pytest.mark.parametrize("format", Format)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matrices_are_unpacked_as_torch_unpacks_them(
-    outputs: int,
-    format: Format,  # noqa: A002
-    dtype: torch.dtype,
-) -> None:
-    for inputs, interleave in [(32, False), (96, False), (64, outputs % 32 == 0)]:
-        packed = pack(torch.randn(outputs, inputs), format, interleave=interleave)
-        room = torch.full((outputs * inputs + 64,), -7, dtype=dtype)
+# Prompts.
 
-        kernel.unpack(packed, room[: outputs * inputs].view(outputs, inputs))
-
-        assert torch.equal(room[:-64].view(outputs, inputs), packed.unpack().to(dtype))
-        assert (room[-64:] == -7).all()
+CUTS = [(1,), (11,), (12,), (13,), (25, 3), (256, 1), (300, 250)]
+"""Lengths of chunks: around the tokens that are worked on at once, and around a span of keys."""
 
 
-@pytest.mark.parametrize("format", Format)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_interleaved_matrices_are_unpacked_in_order(format: Format, dtype: torch.dtype) -> None:  # noqa: A002
-    matrix, plain = torch.randn(192, 64), torch.empty(192, 64, dtype=dtype)
-
-    kernel.unpack(pack(matrix, format, interleave=True), plain)
-
-    assert torch.equal(plain, pack(matrix, format).unpack().to(dtype))
+def read_cut(llama: Llama, ids: list[int], blocks: list[int], cut: tuple[int, ...]) -> None:
+    """Read a prompt in chunks of these lengths, and its rest at once."""
+    start = 0
+    for length in (*cut, len(ids) - sum(cut)):
+        llama.prefill(ids[start : start + length], start, blocks)
+        start += length
 
 
-# Where it cannot be had.
+@pytest.mark.parametrize(("kind", "name"), PAIRS, indirect=["kind"])
+def test_a_prompt_is_read_as_torch_reads_it(kind: Kind, name: str) -> None:
+    model = tiny(**{**SHAPES[name], "num_hidden_layers": 3})
+    ids, blocks = random_ids(1100, vocabulary=5), table(1100)
+    ours, theirs = on_kernel(model, kind, len(blocks)), on_torch(model, kind, len(blocks))
+
+    for llama in (ours, theirs):
+        read(llama, ids, blocks)
+
+    # With bfloat16 what is multiplied is rounded too, in every layer.
+    tolerance = kind.tolerance * (3 if kind.dtype == torch.bfloat16 else 1)
+    assert (memory(ours) - memory(theirs)).abs().max() < tolerance * memory(theirs).abs().max()
+    logits, expected = (llama.decode([1], [1099], [blocks]) for llama in (ours, theirs))
+    assert (logits - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_a_prompt_is_the_same_to_the_last_bit_however_it_is_cut(kind: Kind) -> None:
+    ids, blocks = random_ids(700), table(700)
+    llama = on_kernel(tiny(head_dim=48), kind, len(blocks))
+    read_cut(llama, ids, blocks, ())
+    at_once = memory(llama)
+
+    for cut in CUTS:
+        fill_with(llama, float("nan"))
+        read_cut(llama, ids, blocks, cut)
+        assert torch.equal(memory(llama)[blocks[:43]], at_once[blocks[:43]])
+
+
+def test_a_prompt_is_written_to_its_slots_and_nowhere_else(kind: Kind) -> None:
+    ids, blocks = random_ids(53), table(100, first=1)
+    llama = on_kernel(tiny(), kind, 9)
+    before = memory(llama)
+
+    llama.prefill(ids[20:], 20, blocks)
+
+    written = (memory(llama) != before).any(dim=2).nonzero().tolist()
+    assert sorted(written) == sorted([blocks[at // BLOCK], at % BLOCK] for at in range(20, 53))
+
+
+def test_how_many_threads_read_a_prompt_does_not_show(kind: Kind, other_threads: int) -> None:
+    ids, blocks = random_ids(300), table(300)
+    llama = on_kernel(tiny(), kind, len(blocks))
+    read(llama, ids, blocks)
+    usual = memory(llama)
+
+    torch.set_num_threads(other_threads)
+    read(llama, ids, blocks)
+
+    assert torch.equal(memory(llama), usual)
+
+
+# Where it cannot be had, or not all of it.
 
 
 @pytest.fixture
@@ -266,7 +305,24 @@ def compiler(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_without_a_compiler_that_works_decoding_takes_torchs_way_and_says_so(
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="about instructions of x86")
+@pytest.mark.parametrize("kind", ["bfloat16", "int4 and bfloat16"], indirect=True)
+def test_without_instructions_for_bfloat16_a_prompt_is_computed_in_float32(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    monkeypatch.setenv("CC", f"{shutil.which('cc')} -mno-avx512bf16")
+    model, ids, blocks = tiny(), random_ids(300, vocabulary=5), table(300)
+    ours, theirs = on_kernel(model, kind, len(blocks)), on_torch(model, kind, len(blocks))
+
+    for llama in (ours, theirs):
+        read(llama, ids, blocks)
+
+    assert (memory(ours) - memory(theirs)).abs().max() < kind.tolerance / 2 * memory(theirs).abs().max()
+    logits, expected = (llama.decode([1], [299], [blocks]) for llama in (ours, theirs))
+    assert (logits - expected).abs().max() < kind.tolerance / 2 * expected.abs().max()
+
+
+def test_without_a_compiler_that_works_torch_computes_and_says_so(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", "/bin/false")
@@ -338,9 +394,10 @@ def test_a_damaged_file_in_the_cache_costs_speed_and_nothing_else(
 
 
 USE = (
-    "import torch; from llm.llama import kernel; from llm.llama.matrix import Format, pack; "
-    "plain = torch.empty(32, 32); kernel.unpack(pack(torch.eye(32), Format.FLOAT32), plain); print(int(plain.sum()))"
+    "from llm.llama.model import Llama; from tests.llm.llama.tiny_models import take, tiny; "
+    "llama = Llama(take(tiny()), 1); print(llama.decode([1], [0], [[0]]).shape, llama.weights.is_packed)"
 )
+USED = "torch.Size([1, 96]) True\n"
 
 
 def test_processes_that_start_at_once_all_get_a_whole_kernel(cache: Path, tmp_path: Path) -> None:
@@ -358,8 +415,8 @@ def test_processes_that_start_at_once_all_get_a_whole_kernel(cache: Path, tmp_pa
     def start() -> "subprocess.Popen[str]":
         return subprocess.Popen([sys.executable, "-c", USE], env=environment, stdout=subprocess.PIPE, text=True)
 
-    assert [process.communicate(timeout=100)[0] for process in [start(), start()]] == ["32\n", "32\n"]
-    assert start().communicate(timeout=100)[0] == "32\n"  # finds it there
+    assert [process.communicate(timeout=100)[0] for process in [start(), start()]] == [USED, USED]
+    assert start().communicate(timeout=100)[0] == USED  # finds it there
 
     assert len(list(ready.iterdir())) == 2
     (only,) = (cache / "kernel").iterdir()

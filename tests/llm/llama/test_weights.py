@@ -215,9 +215,9 @@ def divergence(of: Tensor, from_: Tensor) -> float:
 
 
 @needs_kernel
-def test_few_bits_lose_no_more_than_bfloat16_does(embedded: ModelFiles) -> None:
+def test_the_grid_that_weights_were_on_loses_a_tenth_of_what_torchs_bfloat16_loses(embedded: ModelFiles) -> None:
     """Measured over the second half of 640 tokens of the README, against the converted checkpoint in float32: int4
-    2.6e-4, the same weights in bfloat16 2.2e-4, torch's bfloat16 1.1e-3, int8 (not the grid that they were on) 1.4e-3.
+    8e-5, the same weights in bfloat16 5e-5, torch's bfloat16 1.1e-3, int8 (not the grid that they were on) 1.2e-3.
     Decoded alone, against the GGUF in float32, whose weights the conversion rounds: 2e-5, 1e-4, 1.1e-3 and 1.2e-3.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded.directory)
@@ -233,6 +233,6 @@ def test_few_bits_lose_no_more_than_bfloat16_does(embedded: ModelFiles) -> None:
         for taken in (take(stored, "int4"), take(stored, "int8"), take(stored, "none"), take_for_torch(stored))
     )
 
-    assert 0 <= int4 < 2 * bfloat16
-    assert int4 < torchs / 2
+    assert 0 <= int4 < 4 * bfloat16
+    assert int4 < torchs / 6
     assert int8 < 2 * torchs < 1e-2
