@@ -50,8 +50,8 @@ class BatchingEngine(Generic[S]):
         Args:
             name: The model reference.
             open_runner: Loads the model. Called once, in the engine's thread.
-            max_queue: Requests that may wait for their first slot; one more is refused with `QueueFull`. None: any
-                number.
+            max_queue: Requests that may wait for their first slot, when none is free; one more is refused with
+                `QueueFull`. None: any number.
         """
         self._name = name
         self._open_runner = open_runner
@@ -145,7 +145,12 @@ class BatchingEngine(Generic[S]):
         return self._checkpoint
 
     def _is_full(self) -> bool:
-        return self._max_queue is not None and self._schedule.num_new >= self._max_queue
+        """Slots that are free, and that memory does not keep from being used, are not waited for."""
+        if self._max_queue is None:
+            return False
+        can_enter = self._has_room and self._refused is None
+        free = max(0, self._slots - len(self._schedule.running)) if can_enter else 0
+        return self._schedule.num_new >= self._max_queue + free
 
     def _state(self) -> EngineState:
         if self._death is not None:
@@ -250,14 +255,22 @@ class BatchingEngine(Generic[S]):
     def _admit(self, runner: Runner[S]) -> None:
         """Let requests run whose turn it is, for as long as there are slots and memory."""
         while (job := self._next(runner)) is not None:
-            if job.sequence is None:
-                job.sequence = runner.open(job.request)
-            if runner.admit(job.sequence):
-                self._enter(runner, job, job.sequence)
+            sequence = job.sequence or self._open(runner, job)
+            if sequence is None:
+                continue
+            if runner.admit(sequence):
+                self._enter(runner, job, sequence)
             elif self._schedule.running:
                 self._refused = job
             else:
                 self._fail(runner, [job], out_of_memory(job))
+
+    def _open(self, runner: Runner[S], job: Job[S]) -> S | None:
+        try:
+            job.sequence = runner.open(job.request)
+        except Exception as error:
+            self._fail(runner, [job], error)
+        return job.sequence
 
     def _next(self, runner: Runner[S]) -> Job[S] | None:
         """The request to admit now, if there may be room; another one gives its slot to it if that is fair."""

@@ -7,6 +7,7 @@ or prompts.
 import json
 import math
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.errors import CorruptModel, InvalidOption, ModelError, NotEnoughMemory, UnsupportedModel
@@ -80,7 +81,18 @@ def available_memory(device: "torch.device") -> int:
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # type: ignore[import-untyped]
 
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, _available_to_container(Path("/sys/fs/cgroup"))))
+
+
+def _available_to_container(cgroup: Path) -> float:
+    """Free bytes under a container's own limit (Linux, cgroup v2), which the machine's figures do not show."""
+    try:
+        limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        counters = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except OSError:
+        return math.inf
+    # Files that were read and can be forgotten count as used.
+    return math.inf if limit == "max" else max(0, int(limit) - int(used) + int(counters["inactive_file"]))
 
 
 def _refuse_quantised(files: ModelFiles) -> None:

@@ -33,9 +33,9 @@ class Runner(Protocol[S]):
     """Runs the sequences of many requests together.
 
     A sequence is opened once. It has room on the device from each `admit` to the next `release`, and is passed to
-    `prefill`, `grow` and `decode` only then. An error that `prefill` or `decode` raises ends the sequences that were
-    in that step, and they are released; after one that any other method raises the engine starts again. An
-    `EngineDead` ends the engine, wherever it is raised.
+    `prefill`, `grow` and `decode` only then. An error that `open`, `prefill` or `decode` raises ends the sequences that
+    it was about, and they are released; after one that any other method raises the engine starts again. An `EngineDead`
+    ends the engine, wherever it is raised.
     """
 
     @property

@@ -289,6 +289,20 @@ def test_a_full_queue_refuses_and_does_not_count_who_ran_before(start: Callable[
         generation.cancel()
 
 
+def test_who_can_have_a_slot_at_once_does_not_count_as_waiting(start: Callable[..., Engine]) -> None:
+    runner = FakeRunner(slots=3)
+    engine = start(runner, max_queue=2)
+    engine.wait_until_ready()
+
+    with engine._changed:  # the engine's thread admits nobody yet
+        generations = [engine.generate(ask("a")) for _ in range(3 + 2)]
+        assert engine.health().is_full
+        with pytest.raises(QueueFull):
+            engine.generate(ask("b"))
+
+    assert [generation.whole().token_ids for generation in generations] == [answer(ord("a"), 4)] * 5
+
+
 # Slots: a fan-out does not hold up somebody's chat.
 
 
@@ -551,6 +565,19 @@ def test_deadlines_are_not_looked_through_at_every_step_when_one_has_passed() ->
 # Failures.
 
 
+def test_a_request_that_cannot_be_opened_fails_alone(start: Start) -> None:
+    runner = FakeRunner()
+    engine = start(runner)
+    runner.on["open"] = raiser(RuntimeError("secret"))
+
+    a, b = submit(engine, ask("a"), ask("b"))
+
+    with pytest.raises(GenerationFailed, match="generation failed: RuntimeError"):
+        a.whole()
+    assert b.whole().token_ids == answer(ord("b"), 4)
+    assert engine.health().restarts == 0
+
+
 def test_a_failed_prefill_ends_that_request_only(start: Start) -> None:
     runner = FakeRunner()
     engine = start(runner)
@@ -624,7 +651,7 @@ def test_health_is_degraded_from_a_failure_until_a_request_is_finished(start: St
     assert seen[0].running == 0
 
 
-@pytest.mark.parametrize("place", ["open", "admit a", "release a"])
+@pytest.mark.parametrize("place", ["admit a", "release a"])
 def test_a_failure_outside_of_a_step_ends_all_and_the_engine_starts_again_with_its_weights(
     start: Start, place: str
 ) -> None:
@@ -660,11 +687,11 @@ def test_an_engine_that_fails_again_and_again_is_dead(start: Start) -> None:
     engine = start(runner)
 
     for restarts in range(MAX_RESTARTS):
-        runner.on["open"] = raiser(RuntimeError("broken"))
+        runner.on["admit"] = raiser(RuntimeError("broken"))
         with pytest.raises(EngineRestarted):
             engine.generate(ask("a")).whole()
         assert engine.health().restarts == restarts + 1
-    runner.on["open"] = raiser(RuntimeError("broken"))
+    runner.on["admit"] = raiser(RuntimeError("broken"))
     with pytest.raises(EngineDead, match="the engine has stopped: RuntimeError: broken"):
         engine.generate(ask("a")).whole()
 
@@ -681,7 +708,7 @@ def test_restarts_are_forgiven_when_a_request_was_finished(start: Start) -> None
     engine = start(runner)
 
     for _ in range(MAX_RESTARTS + 2):
-        runner.on["open"] = raiser(RuntimeError("broken"))
+        runner.on["admit"] = raiser(RuntimeError("broken"))
         with pytest.raises(EngineRestarted):
             engine.generate(ask("a")).whole()
         engine.generate(ask("b")).whole()
@@ -705,7 +732,7 @@ def test_a_runner_may_say_that_it_is_dead(start: Start, place: str) -> None:
 def test_an_engine_that_cannot_be_reset_is_dead(start: Start) -> None:
     runner = FakeRunner()
     engine = start(runner)
-    runner.on["open"] = raiser(RuntimeError("broken"))
+    runner.on["admit"] = raiser(RuntimeError("broken"))
     runner.on["reset"] = raiser(RuntimeError("cannot"))
 
     with pytest.raises(EngineRestarted):
