@@ -89,10 +89,9 @@ INLINE void finish(const Linear *w, enum then then, int kind, int64_t panel, int
     do {                                                                                                               \
         f32 sums[PANELS][ROWS];                                                                                        \
         tile_##PANELS##x##ROWS(w, kind, panel, x + row * inputs, x_sums + row * groups, sums);                         \
-        finish(w, then, F32, panel, PANELS, ROWS, ROWS, &sums[0][0], y + row * y_stride, y_stride);                   \
+        finish(w, then, F32, panel, PANELS, ROWS, ROWS, &sums[0][0], y + row * y_stride, y_stride);                    \
     } while (0)
 
-/* y = x w' for all rows; called by all threads of a team, which share the panels. */
 INLINE void multiply_kind(const Linear *w, int kind, enum then then, int64_t rows, const float *x, float *y,
                           int64_t y_stride) {
     const int64_t inputs = w->inputs, groups = inputs / GROUP, panels = (w->outputs + 2 * LANES - 1) / (2 * LANES) * 2;
@@ -181,7 +180,7 @@ INLINE void tile_narrow(int64_t inputs, const uint32_t *words, const uint16_t *x
 static void multiply_narrow(const Linear *w, enum then then, int64_t rows, const uint16_t *x, void *y,
                             int64_t y_stride) {
     const int64_t panels = (w->outputs + 2 * LANES - 1) / (2 * LANES) * 2;
-    /* one panel pair, that all tokens are multiplied with before the next */
+    /* Two panels: all rows are multiplied with them before the next are unpacked. */
     uint32_t room[w->kind == BF16 ? 1 : w->inputs * LANES] __attribute__((aligned(64)));
 #pragma omp for schedule(dynamic, 1)
     for (int64_t panel = 0; panel < panels; panel += 2) {

@@ -49,6 +49,7 @@ INLINE void read_tile(const Model *model, const Layer *layer, int kind, const Pr
         turn(model, start + r, 1 / sqrtf(size), prompt->qkv + (row + r) * stride + head * size, queries[r]);
     for (int64_t span = 0; span < end; span += SPAN) {
         const int64_t length = end - span < SPAN ? end - span : SPAN;
+        /* Scores; -infinity for keys that come after a token. */
         for (int64_t t = 0; t < length; t += 2 * LANES) {
             const int64_t next = t + LANES < length ? t + LANES : t; /* beyond the end: computed in vain */
             const int64_t at = (table[(span + t) / LANES] * model->kv_heads + kv_head) * size * LANES;
@@ -69,6 +70,7 @@ INLINE void read_tile(const Model *model, const Layer *layer, int kind, const Pr
                     store(scores[r] + t + j * LANES, (f32)(((i32)score[j][r] & is_known) | ((i32)none & ~is_known)));
                 }
         }
+        /* Weights, by the highest score so far. */
         for (int r = 0; r < TOKENS; r++) {
             f32 greatest = (f32){} - INFINITY, sum = {};
             for (int64_t t = 0; t < length; t += LANES) greatest = greater(greatest, load(scores[r] + t));
@@ -85,6 +87,7 @@ INLINE void read_tile(const Model *model, const Layer *layer, int kind, const Pr
             sums[r] = sums[r] * fade[r] + add_up(sum);
             highest[r] = most;
         }
+        /* Values. */
         if (size % (2 * LANES) == 0)
             for (int64_t i = 0; i < size; i += 2 * LANES)
                 WEIGH_TILE(2)
@@ -98,6 +101,7 @@ INLINE void read_tile(const Model *model, const Layer *layer, int kind, const Pr
                        load(out[r] + i) / sums[r]);
 }
 
+/* All heads and tokens, shared by the threads of a team. */
 INLINE void read_all(const Model *model, const Layer *layer, int kind, const Prompt *prompt) {
 #pragma omp for schedule(dynamic, 1) collapse(2)
     for (int64_t row = 0; row < prompt->rows; row += TOKENS)
