@@ -1,5 +1,6 @@
 """Serve LangChain chains on a local Llama 3: settings, model, chains, application. `python serve.py --help`."""
 
+import gc
 import logging
 import os
 import signal
@@ -78,6 +79,8 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
     def watch() -> None:
         try:
             engine.wait_until_ready()
+            gc.collect()
+            gc.freeze()  # what is there stays: looking through it at every full collection halts all for 0.25 s
         except LLMError as error:
             if not server.should_exit:
                 failures.append(error)

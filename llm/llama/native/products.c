@@ -99,9 +99,10 @@ INLINE void multiply_kind(const Linear *w, int kind, enum then then, int64_t row
     if (kind == INT4)
         for (int64_t i = 0; i < rows * groups; i++)
             x_sums[i] = add_up(load(x + i * GROUP) + load(x + i * GROUP + GROUP / 2));
+    const int64_t share = rows == 1 || rows >= 8 ? 8 : 4; /* panels that one thread takes at a time */
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t first = 0; first < panels; first += 8) {
-        const int64_t end = first + 8 < panels ? first + 8 : panels;
+    for (int64_t first = 0; first < panels; first += share) {
+        const int64_t end = first + share < panels ? first + share : panels;
         for (int64_t row = 0; row < rows;) {
             const int64_t left = rows - row;
             const int take = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
