@@ -290,7 +290,9 @@ class LlamaServer(OpenAIStyle):
 
 class Vllm(OpenAIStyle):
     """vLLM, from an environment of its own. As many sequences at once as the most clients we send; prefix caching on,
-    as it is by default."""
+    as it is by default. On a CPU it keeps a core for its server's process unless told otherwise: with two cores it
+    answered 3.8 requests of this mix a second (16 clients) when it had both, and 2.5 when it had one.
+    """
 
     name = "vllm"
     about = "vllm serve, bf16"
@@ -299,6 +301,7 @@ class Vllm(OpenAIStyle):
     extra: ClassVar[Mapping[str, object]] = {"stream_options": {"include_usage": True}}
     environment: ClassVar[Mapping[str, str]] = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
