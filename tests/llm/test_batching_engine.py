@@ -72,6 +72,7 @@ class FakeRunner:
         self.num_resumed = 0
 
     def _act(self, what: str, *sequences: FakeSequence) -> None:
+        assert threading.current_thread().name == "engine fake", "torch is used in one thread"
         act = " ".join([what, *(chr(sequence.name) for sequence in sequences)])
         self.acts.append(act)
         for trigger in (act, what):

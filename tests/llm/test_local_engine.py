@@ -231,29 +231,47 @@ class Run:
         return self.read + self.generation.whole().token_ids
 
 
-@pytest.mark.parametrize("owners", [1, 16], ids=["of one owner", "of sixteen owners"])
-def test_sixteen_that_join_and_leave_at_different_steps_get_what_each_would_get_alone(
-    engine: LocalEngine, reference: Reference, owners: int
-) -> None:
-    """Every fourth is cancelled after a few tokens, and what it got by then is right, too."""
+def join_and_leave(engine: LocalEngine, owners: str, num_owners: int) -> list[tuple[Run, tuple[int, ...]]]:
+    """Sixteen requests of different lengths, and what they got. Each comes some steps after the one before; every
+    fourth is cancelled after a few tokens."""
     runs: list[Run] = []
     for number, question in enumerate(QUESTIONS[4:]):
         ids = prompt(engine, question)
         max_tokens = NUM_TOKENS - number % 5
-        generation = ask(engine, ids, max_tokens=max_tokens, owner=f"{owners} {number % owners}")
+        generation = ask(engine, ids, max_tokens=max_tokens, owner=f"{owners} {number % num_owners}")
         runs.append(Run(ids, generation, 3 + number // 2 if number % 4 == 2 else max_tokens))
-        runs[-1].read_on()  # the next one joins some steps later
+        runs[-1].read_on()
     answers = [run.finish() for run in runs]
-
     assert len(runs) == 16
     assert num_together(runs) >= 4
     assert all(
         len(answer) >= run.num_wanted or answer[-1] in engine.checkpoint.stop_ids
         for run, answer in zip(runs, answers, strict=True)
     )
-    same = [reference.compare(run.ids, answer) for run, answer in zip(runs, answers, strict=True)]
-    assert sum(same) >= 0.9 * sum(map(len, answers))
+    return list(zip(runs, answers, strict=True))
+
+
+@pytest.mark.parametrize("num_owners", [1, 16], ids=["of one owner", "of sixteen owners"])
+def test_sixteen_that_join_and_leave_at_different_steps_get_what_each_would_get_alone(
+    engine: LocalEngine, reference: Reference, num_owners: int
+) -> None:
+    """What those got that were cancelled is right, too."""
+    answers = join_and_leave(engine, f"sixteen of {num_owners}", num_owners)
+
+    same = [reference.compare(run.ids, answer) for run, answer in answers]
+    assert sum(same) >= 0.9 * sum(len(answer) for _, answer in answers)
     assert sum(same) > 100
+
+
+@pytest.mark.parametrize("num_owners", [1, 16], ids=["of one owner", "of sixteen owners"])
+def test_sixteen_that_join_and_leave_get_from_4_bits_exactly_what_each_gets_alone(
+    four_bits: LocalEngine, num_owners: int
+) -> None:
+    answers = join_and_leave(four_bits, f"sixteen of {num_owners}", num_owners)
+
+    for number, (run, together) in enumerate(answers):
+        alone = answer(four_bits, run.ids, owner=f"alone {num_owners} {number}").token_ids
+        assert together == alone[: len(together)]
 
 
 def num_together(runs: list[Run]) -> int:
@@ -273,9 +291,7 @@ MANNERS: list[dict[str, Any]] = [
 
 
 def assert_company_changes_nothing(engine: LocalEngine) -> None:
-    """Token for token and logprob for logprob. Owners are all different: what was reused would have been read in other
-    pieces, and rounded differently.
-    """
+    """Token for token and logprob for logprob. Owners are all different, so that everything is computed anew."""
     asked = [(prompt(engine, question), manner) for question, manner in zip(QUESTIONS[-12:], MANNERS * 2, strict=True)]
     owners = count()
 

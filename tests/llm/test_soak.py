@@ -31,6 +31,7 @@ def test_two_thousand_requests_leave_nothing_behind(capsys: pytest.CaptureFixtur
     lock = threading.Lock()
     ends: Counter[str] = Counter()
     memory: list[int] = []
+    states: set[EngineState] = set()
     threads_before = threading.active_count()
 
     def client(seed: int) -> None:
@@ -45,6 +46,7 @@ def test_two_thousand_requests_leave_nothing_behind(capsys: pytest.CaptureFixtur
             reason = one_request(engine, chance, caller=f"client {seed}")
             with lock:
                 ends[reason] += 1
+                states.add(engine.health().state)
 
     started = time.monotonic()
     clients = [threading.Thread(target=client, args=(seed,)) for seed in range(NUM_CLIENTS)]
@@ -61,6 +63,7 @@ def test_two_thousand_requests_leave_nothing_behind(capsys: pytest.CaptureFixtur
     assert ends.total() == NUM_REQUESTS
     assert CANCELLED / 2 < ends["cancelled"] / NUM_REQUESTS < CANCELLED * 2
     assert (health.state, health.running, health.waiting, health.restarts) == (EngineState.READY, 0, 0, 0)
+    assert states == {EngineState.READY}
     assert threading.active_count() == threads_before
     assert max(memory[WARM_UP // 100 :]) - memory[WARM_UP // 100] < GROWTH
     # All slots are still there: as many as ever run at once.
@@ -72,7 +75,7 @@ def test_two_thousand_requests_leave_nothing_behind(capsys: pytest.CaptureFixtur
 
 def one_request(engine: LocalEngine, chance: random.Random, *, caller: str) -> str:
     """Ask for something; leave at a random moment in some cases. Says how it ended."""
-    length = chance.choice((5, 30, 60, 200))
+    length = chance.choice((5, 30, 60, 200, 600))  # the longest is read in three pieces
     request = Request(
         prompt=tuple(chance.randrange(100, 40_000) for _ in range(length)),
         sampling=Sampling(max_tokens=chance.randrange(1, 16), temperature=chance.choice((0.0, 0.8)), top_p=0.9),

@@ -100,6 +100,17 @@ def test_a_chat_answer_says_what_it_took_and_why_it_ended(server: Server) -> Non
     assert whole.response_metadata["finish_reason"] == "stop"
 
 
+def test_a_second_turn_says_how_much_of_its_prompt_was_known(server: Server) -> None:
+    chat = server.chain("chat")
+    asked = HumanMessage("My name is Ada, and I like prime numbers. " * 20)
+    first = chat.invoke({"messages": [asked]}, GREEDY)
+
+    second = chat.invoke({"messages": [asked, first, HumanMessage("What is my name?")]}, GREEDY)
+
+    known = second.usage_metadata["input_token_details"]["cache_read"]
+    assert 0.9 * first.usage_metadata["input_tokens"] < known < second.usage_metadata["input_tokens"]
+
+
 def test_streamed_chat_chunks_add_up_to_a_message_with_its_usage_once(server: Server) -> None:
     chunks = list(server.chain("chat").stream(INPUTS["chat"], GREEDY))
     assert {type(chunk) for chunk in chunks} == {AIMessageChunk}
