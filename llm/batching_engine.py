@@ -148,7 +148,7 @@ class BatchingEngine(Generic[S]):
         """Slots that are free, and that memory does not keep from being used, are not waited for."""
         if self._max_queue is None:
             return False
-        can_enter = self._has_room and self._refused is None
+        can_enter = self._has_room and (self._refused is None or self._refused.generation.is_ended)
         free = max(0, self._slots - len(self._schedule.running)) if can_enter else 0
         return self._schedule.num_new >= self._max_queue + free
 
@@ -350,12 +350,14 @@ class BatchingEngine(Generic[S]):
             for job, token in made
             if not isinstance(token, LLMError)
         ]
-        for job, chunk in chunks:
-            if job.num_tokens == 1:
-                self._count_prompt(job)
-            if chunk.finish_reason is not None:
-                self._finish(runner, job)
-        deliver((job.generation, chunk) for job, chunk in chunks)
+        try:
+            for job, chunk in chunks:
+                if job.num_tokens == 1:
+                    self._count_prompt(job)
+                if chunk.finish_reason is not None:
+                    self._finish(runner, job)
+        finally:
+            deliver((job.generation, chunk) for job, chunk in chunks)
         for job, token in made:
             if isinstance(token, LLMError):
                 self._fail(runner, [job], token)
@@ -382,12 +384,14 @@ class BatchingEngine(Generic[S]):
             failure = GenerationFailed(f"generation failed: {type(error).__name__}")
         # Whoever keeps the error must not keep the step's frames, and with them its tensors.
         failure.__traceback__ = failure.__cause__ = failure.__context__ = None
-        for job in jobs:
-            self._leave(runner, job)
-        with self._changed:
-            self._trouble = str(failure)
-        for job in jobs:
-            job.generation.fail(failure)
+        try:
+            for job in jobs:
+                self._leave(runner, job)
+            with self._changed:
+                self._trouble = str(failure)
+        finally:
+            for job in jobs:
+                job.generation.fail(failure)
 
 
 def out_of_memory(job: Job[S]) -> OutOfDeviceMemory:

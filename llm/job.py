@@ -25,6 +25,8 @@ class Job(Generic[S]):
         self.sequence: S | None = None  # opened when its turn comes
         self.is_new = True
         """True until it gets its first slot."""
+        self.turn = 0
+        """When it got its slot, or read a piece of its prompt; the last of it is the highest."""
         self.num_tokens = 0
         """Tokens of the answer so far."""
         self._max_tokens = check_limits(request, checkpoint)

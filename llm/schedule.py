@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from collections.abc import Hashable
+from itertools import count
 from typing import Generic
 
 from llm.generation import Generation
@@ -20,12 +22,13 @@ class Schedule(Generic[S]):
 
     def __init__(self) -> None:
         self.running: dict[Job[S], S] = {}
-        """Those that have a slot. The ones that still read their prompts are in the order of their turns."""
+        """Those that have a slot, in the order in which they got it."""
         self.num_new = 0
         """How many of those that wait have never run."""
         self._jobs: dict[Generation, Job[S]] = {}  # all, the oldest first
         self._waiting: Turns[Job[S]] = Turns()
         self._next_deadline = math.inf  # none ends sooner
+        self._turns = count(1)
 
     @property
     def num_waiting(self) -> int:
@@ -54,16 +57,21 @@ class Schedule(Generic[S]):
             return False
         self.num_new -= job.is_new
         job.is_new = False
+        job.turn = next(self._turns)
         self.running[job] = sequence
         return True
 
     def next_to_read(self) -> tuple[Job[S], S] | None:
-        """The running request that reads the next piece of its prompt; after that it is the others' turn."""
-        for job, sequence in self.running.items():
-            if not sequence.is_prefilled:
-                self.running[job] = self.running.pop(job)
-                return job, sequence
-        return None
+        """The running request that reads the next piece of its prompt; after that it is other callers' turn."""
+        reading = [job for job, sequence in self.running.items() if not sequence.is_prefilled]
+        if not reading:
+            return None
+        turns: dict[Hashable, int] = {}
+        for job in self.running:
+            turns[job.caller] = max(turns.get(job.caller, 0), job.turn)
+        job = min(reading, key=lambda job: turns[job.caller])
+        job.turn = next(self._turns)
+        return job, self.running[job]
 
     def gives_way(self) -> Job[S] | None:
         """The running request that pauses when memory runs out; None if it would be the only one."""

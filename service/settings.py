@@ -43,7 +43,10 @@ class Settings(BaseSettings):
     ] = "auto"
     quantize: Annotated[
         Literal["auto", "none", "int8", "int4"],
-        Field(description="Bits of the weights, on a CPU; auto takes 4 where the model was made with no more."),
+        Field(
+            description="Weights on a CPU: none, int8, int4, or auto, which is int4 where the model was made with no "
+            "more bits. int8 and int4 need a C compiler."
+        ),
     ] = "auto"
     max_slots: Annotated[
         int | None, Field(ge=1, description="Generations that run at once; 64, or what memory allows, if not set.")

@@ -22,24 +22,36 @@ from torch import Tensor
 
 from llm.gguf import cache_dir
 from llm.llama.blocks import BLOCK
-from llm.llama.matrix import PANEL, Format, PackedMatrix
+from llm.llama.matrix import GROUP, PANEL, Format, PackedMatrix
 
 if TYPE_CHECKING:
     from llm.llama.weights import Projection, Weights
 
 NATIVE = Path(__file__).with_name("native")
-FLAGS = (
-    *("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast"),
-    *("-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden"),
-)
 SPAN = 512
 """Keys that one piece of attention covers."""
 MAX_HEAD_DIM = 256
-COMPILE_TIMEOUT_S = 300
 TOKENS = 12
-"""Of a prompt, that the kernel works on at once."""
+"""Of a prompt, that are worked on at once."""
 MAX_ROWS = 64
-"""Rows of a step in one call: threads keep sums of their inputs on their stacks. More rows would gain nothing."""
+"""Of a step, in one call: threads keep sums of their inputs on their stacks. More would gain nothing."""
+SIZES = {
+    "LANES": PANEL,
+    "GROUP": GROUP,
+    "SPAN": SPAN,
+    "MAX_HEAD_DIM": MAX_HEAD_DIM,
+    "TOKENS": TOKENS,
+    "MAX_ROWS": MAX_ROWS,
+}
+"""What the C is compiled with."""
+FLAGS = (
+    *("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast"),
+    *("-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden"),
+    *(f"-D{name}={size}" for name, size in SIZES.items()),
+)
+COMPILE_TIMEOUT_S = 300
+
+assert PANEL == BLOCK, "the C has one word for both"
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +66,6 @@ class Linear(Structure):
         ("outputs", c_int64),
         ("inputs", c_int64),
         ("kind", c_int64),
-        ("is_interleaved", c_int64),
     )
 
 
@@ -108,7 +119,7 @@ class Prompt(Structure):
         ("threads", c_int64),
         ("rows", c_int64),
         ("start", c_int64),
-        *((name, c_void_p) for name in ("table", "x", "qkv", "input", "mlp")),
+        *((name, c_void_p) for name in ("table", "x", "qkv", "input", "mlp", "panels")),
     )
 
 
@@ -119,14 +130,14 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         log.warning("There is no C compiler (cc): torch's own operations are used, which are several times slower")
         return None
-    target = cache_dir() / "kernel" / f"{_identity(compiler)}.so"
-    if not target.is_file():
-        try:
+    try:
+        target = cache_dir() / "kernel" / f"{_identity(compiler)}.so"
+        if not target.is_file():
             _compile(compiler, target)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "stderr", None) or error
-            log.warning("%s cannot compile %s, so torch's slower operations are used: %s", compiler, NATIVE, reason)
-            return None
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        log.warning("%s cannot compile %s, so torch's slower operations are used: %s", compiler, NATIVE, reason)
+        return None
     torch.get_num_threads()  # torch's OpenMP runtime is there first, and becomes the kernel's too: one team of threads
     try:
         loaded = ctypes.CDLL(str(target))
@@ -173,12 +184,13 @@ class Kernel:
 
     def prefill(self, x: Tensor, start: int, blocks: list[int]) -> None:
         """Compute keys and values, for embeddings, float32 (tokens, hidden), which are overwritten."""
-        rows = len(x)
+        rows, threads = len(x), torch.get_num_threads()
         filled_up = -(-rows // TOKENS) * TOKENS
         table = torch.tensor(blocks, dtype=torch.int32)
-        widths = (self._qkv, max(self._hidden, self._mixed), self._mlp)
-        room = [torch.empty(filled_up * width) for width in widths]
-        prompt = Prompt(torch.get_num_threads(), rows, start, *(part.data_ptr() for part in (table, x, *room)))
+        widest = max(self._hidden, self._mixed)
+        sizes = (rows * self._qkv, filled_up * widest, filled_up * self._mlp, threads * PANEL * max(widest, self._mlp))
+        room = [torch.empty(size) for size in sizes]
+        prompt = Prompt(threads, rows, start, *(part.data_ptr() for part in (table, x, *room)))
         self._library.prefill(ctypes.byref(self._model), ctypes.byref(prompt))
 
     def decode(self, x: Tensor, positions: list[int], tables: list[list[int]]) -> Tensor:
@@ -221,7 +233,6 @@ def _linear(matrix: PackedMatrix, bias: Tensor | None) -> Linear:
         matrix.outputs,
         matrix.inputs,
         matrix.format,
-        matrix.is_interleaved,
     )
 
 
@@ -242,10 +253,11 @@ def _compile(compiler: str, target: Path) -> None:
 
 
 def _identity(compiler: str) -> str:
-    """What tells this machine's kernel from others that share the cache."""
+    """What tells this machine's kernel, made by this compiler, from others that share the cache."""
     about = Path("/proc/cpuinfo")  # on Linux
     lines = about.read_text().splitlines() if about.is_file() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    sources = (path.read_text() for path in sorted(NATIVE.iterdir()))
-    parts = (*sources, *FLAGS, compiler, platform.machine(), platform.processor(), flags)
+    sources = (path.read_text() for path in sorted(NATIVE.glob("*.[ch]")))
+    found = Path(shutil.which(shlex.split(compiler)[0]) or compiler).stat()
+    parts = (*sources, *FLAGS, compiler, str(found.st_size), str(found.st_mtime_ns), platform.machine(), platform.processor(), flags)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -64,7 +64,8 @@ def _measure(options: argparse.Namespace, reference: str, scratch: Path) -> None
 
     if "alone" in options.parts:
         found = _apart(limits.measure, device)
-        measured = _apart(alone.measure, reference, size, limits.Cost.of(directory), found)
+        cost = limits.Cost.of(directory, _apart(limits.weight_bytes, reference))
+        measured = _apart(alone.measure, reference, size, cost, found)
         measured += _apart(generate.measure, reference, size, device)
         texts.append(report.alone_table(measured, found))
 

@@ -114,21 +114,31 @@ class Size:
     contexts: tuple[int, ...] = (128, 1000, 4000, 7900)
     context_rows: tuple[int, ...] = (1, 16)
     neighbour: int = 6000
+    formats: tuple[str, ...] = ("none", "int8")
+    """Values of SERVE_QUANTIZE besides the default."""
+    format_rows: tuple[int, ...] = (1, 16)
     repeats: int = REPEATS
 
 
 QUICK = Size(
     batches=(1, 4), prompts=(256,), prompt_batches=(1, 4), contexts=(128, 1000), context_rows=(1,), neighbour=1000,
-    repeats=1,
+    formats=(), repeats=1,
 )  # fmt: skip
 
 
 def measure(reference: str, size: Size, cost: Cost, limits: Limits) -> list[Measurement]:
     """Run everything. Call it in a process of its own."""
-    engine = LocalEngine(reference)
+    measured = _measure(LocalEngine(reference), lambda engine: Alone(engine, size, cost, limits).everything())
+    for name in size.formats if limits.device == "cpu" else ():
+        engine = LocalEngine(reference, quantize=name)
+        measured += _measure(engine, lambda engine, name=name: Alone(engine, size, cost, limits).of_format(name))
+    return measured
+
+
+def _measure(engine: Engine, work: Callable[[Engine], Iterator[Measurement]]) -> list[Measurement]:
     try:
         measured = []
-        for measurement in Alone(engine, size, cost, limits).everything():
+        for measurement in work(engine):
             print(f"  {measurement}", file=sys.stderr, flush=True)
             measured.append(measurement)
         return measured
@@ -165,6 +175,13 @@ class Alone:
         yield self._measured("TTFT, second turn", 1, 1000, "of the first's", self._second_turn)
         yield self._measured("TTFT, another owner's system prompt", 1, 1000, "of the first's", self._other_owner)
 
+    def of_format(self, name: str) -> Iterator[Measurement]:
+        """What weights in another format cost."""
+        asyncio.run(self._decode(1, 128))  # warm-up
+        for rows in self.size.format_rows:
+            yield self._measured(f"SERVE_QUANTIZE={name}, decode", rows, 128, "tokens/s", self._decode)
+        yield self._measured(f"SERVE_QUANTIZE={name}, prefill", 1, 1000, "tokens/s", self._prefill)
+
     def _measured(self, name: str, rows: int, context: int, unit: str, work: Work) -> Measurement:
         values: list[float] = []
         started_s = time.monotonic()
@@ -183,7 +200,9 @@ class Alone:
     # What is measured.
 
     async def _decode(self, rows: int, context: int) -> float | None:
-        traces = await self._follow([self._request(self._prompt(context)) for _ in range(rows)])
+        # One prompt is read between two steps: the first row is so much further when the last begins.
+        requests = [self._request(self._prompt(context), max_tokens=TOKENS + rows) for _ in range(rows)]
+        traces = await self._follow(requests)
         return rate(traces, together(traces))
 
     async def _decode_deep(self, rows: int, context: int) -> float | None:

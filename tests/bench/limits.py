@@ -35,15 +35,15 @@ class Cost:
     head_parameters: int
     """Of the product that makes logits."""
     weight_bytes: int
-    """All that a step must read, in bfloat16."""
+    """All that a step must read."""
     kv_bytes: int
     """Keys and values of one token, in bfloat16."""
     attention_flops: int
     """Per token and token of context."""
 
     @classmethod
-    def of(cls, directory: Path) -> "Cost":
-        """Read it from a checkpoint directory of the Llama architecture."""
+    def of(cls, directory: Path, weight_bytes: int) -> "Cost":
+        """Read the rest from a checkpoint directory of the Llama architecture."""
         config: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
         hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
         size = config.get("head_dim") or hidden // heads
@@ -54,7 +54,7 @@ class Cost:
         return cls(
             layer_parameters=layer_parameters,
             head_parameters=head_parameters,
-            weight_bytes=2 * (layer_parameters + head_parameters),
+            weight_bytes=weight_bytes,
             kv_bytes=2 * 2 * layers * kv_heads * size,
             attention_flops=4 * layers * heads * size,
         )
@@ -69,6 +69,18 @@ class Cost:
         """Tokens per second of prompts of that length; only the last token of each needs logits."""
         flops = 2 * self.layer_parameters * context + 2 * self.head_parameters + self.attention_flops * context**2 // 2
         return context / max(flops / limits.bfloat16_flops, self.weight_bytes / limits.read_bytes_per_s)
+
+
+def weight_bytes(reference: str) -> int:
+    """Bytes of the weights that our engine reads in a step, in the format that it takes by default."""
+    from llm.llama.matrix import PackedMatrix
+    from llm.llama.weights import take_weights
+    from llm.loading import load_weights, prepare
+
+    weights = take_weights(load_weights(prepare(reference)), context=1)
+    layers = [(layer.qkv, layer.out, layer.gate_up, layer.down) for layer in weights.layers]
+    matrices = [projection.matrix for layer in layers for projection in layer] + [weights.head.matrix]
+    return sum(matrix.num_bytes if isinstance(matrix, PackedMatrix) else matrix.nbytes for matrix in matrices)
 
 
 def device() -> str:

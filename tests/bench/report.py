@@ -93,7 +93,7 @@ def alone_table(measured: Sequence[Measurement], limits: Limits) -> str:
     found = (
         f"This machine ({limits.device}): reads {limits.read_bytes_per_s / 1e9:.1f} GB/s, copies "
         f"{limits.copy_bytes_per_s / 1e9:.1f} GB/s, {limits.bfloat16_flops / 1e12:.3g} TFLOP/s in bfloat16, "
-        f"{limits.float32_flops / 1e12:.3g} in float32. The limits are those of bfloat16 weights.\n"
+        f"{limits.float32_flops / 1e12:.3g} in float32. The limits count the bytes of the weights as they are kept.\n"
     )
     header = ["", "rows", "prompt", "median", "range", "limit", "of it"]
     return f"{found}\n{_markdown(header, rows)}"

@@ -251,6 +251,18 @@ def test_a_newcomer_with_a_short_prompt_waits_for_one_piece_of_each_long_one_at_
     assert runner.steps[:5] == ["prefill x", "prefill y", "prefill x", "prefill y", "prefill s"]
 
 
+def test_however_many_prompts_a_caller_has_it_reads_no_more_than_another_with_one(start: Start) -> None:
+    runner = FakeRunner(slots=4)
+    engine = start(runner)
+    asked = [("a", "book"), ("b", "book"), ("c", "book"), ("x", "chat")]
+
+    for generation in submit(engine, *(ask(name, prompt=9, max_tokens=1, caller=caller) for name, caller in asked)):
+        generation.whole()
+
+    pieces = [act for act in runner.acts if act.startswith("prefill")]
+    assert pieces == ["prefill a", "prefill x"] * 4 + ["prefill b"] * 4 + ["prefill c"] * 4
+
+
 def test_a_prompt_of_one_token_needs_no_prefill(start: Start) -> None:
     runner = FakeRunner()
     start(runner).generate(ask("a", max_tokens=1)).whole()
@@ -302,6 +314,22 @@ def test_who_can_have_a_slot_at_once_does_not_count_as_waiting(start: Callable[.
             engine.generate(ask("b"))
 
     assert [generation.whole().token_ids for generation in generations] == [answer(ord("a"), 4)] * 5
+
+
+def test_who_did_not_fit_and_left_keeps_nobody_out(start: Callable[..., Engine]) -> None:
+    runner = FakeRunner(memory=40, step_s=0.005)
+    engine = start(runner, max_queue=0)
+    running = engine.generate(ask("a", prompt=4, max_tokens=30))
+    next(running)
+    large = engine.generate(ask("l", prompt=38))
+    eventually(lambda: "refuse l" in runner.acts)
+    with pytest.raises(QueueFull):
+        engine.generate(ask("b"))
+
+    large.cancel()
+
+    assert engine.generate(ask("c")).whole().token_ids == answer(ord("c"), 4)
+    running.cancel()
 
 
 # Slots: a fan-out does not hold up somebody's chat.
@@ -671,6 +699,19 @@ def test_a_failure_outside_of_a_step_ends_all_and_the_engine_starts_again_with_i
     health = engine.health()
     assert (health.state, health.restarts, health.error) == (EngineState.READY, 1, None)
     assert "close" not in runner.acts
+
+
+def test_what_was_made_is_delivered_though_the_engine_fails_over_it(start: Start) -> None:
+    """Both end in one step, and giving back the second's room fails: the first had left, and was never told."""
+    runner = FakeRunner()
+    engine = start(runner)
+    runner.on["release b"] = raiser(RuntimeError("secret"))
+
+    for name, generation in zip("ab", submit(engine, ask("a"), ask("b")), strict=True):
+        assert generation.whole().token_ids == answer(ord(name), 4)
+
+    assert engine.generate(ask("c")).whole().token_ids == answer(ord("c"), 4)
+    assert engine.health().restarts == 1
 
 
 def test_a_runner_that_makes_too_few_tokens_is_a_failure_of_the_loop(

@@ -4,14 +4,11 @@
 
 #include "products.h"
 
-#define SPAN 512 /* keys that one piece of attention covers */
-#define MAX_HEAD_DIM 256
-
 #define EXPORT __attribute__((visibility("default")))
 
 typedef struct {
     const float *attention_norm, *mlp_norm;
-    Linear qkv, out, gate_up, down; /* gate_up is interleaved */
+    Linear qkv, out, gate_up, down; /* of gate_up, panels of gate and up take turns */
     void *keys;                     /* [block][kv head][dimension][16] */
     void *values;                   /* [block][kv head][16][dimension] */
 } Layer;

@@ -4,8 +4,6 @@
 #include <immintrin.h>
 #endif
 
-#define MAX_ROWS 64 /* at once: threads keep sums of their inputs on their stacks */
-
 /* ---- in float32: weights are unpacked in registers ---- */
 
 /* `PANELS` panels times `ROWS` rows: sums[panel][row], 16 outputs each. */
@@ -179,19 +177,18 @@ INLINE void tile_narrow(int64_t inputs, const uint32_t *words, const uint16_t *x
 }
 
 static void multiply_narrow(const Linear *w, enum then then, int64_t rows, const uint16_t *x, void *y,
-                            int64_t y_stride) {
+                            int64_t y_stride, uint32_t *room) {
     const int64_t panels = (w->outputs + 2 * LANES - 1) / (2 * LANES) * 2;
-    /* Two panels: all rows are multiplied with them before the next are unpacked. */
-    uint32_t room[w->kind == BF16 ? 1 : w->inputs * LANES] __attribute__((aligned(64)));
+    /* Two panels at a time: all rows are multiplied with them before the next are unpacked. */
 #pragma omp for schedule(dynamic, 1)
     for (int64_t panel = 0; panel < panels; panel += 2) {
-        const uint32_t *words = room;
         switch (w->kind) {
             case F32: narrow_panels(w, F32, panel, room); break;
-            case BF16: words = w->weights + panel * w->inputs / 2 * LANES; break;
+            case BF16: break; /* as they are wanted */
             case INT8: narrow_panels(w, INT8, panel, room); break;
             default: narrow_panels(w, INT4, panel, room);
         }
+        const uint32_t *words = w->kind == BF16 ? w->weights + panel * w->inputs / 2 * LANES : room;
         for (int64_t row = 0; row < rows; row += TOKENS) {
             const int64_t take = rows - row < TOKENS ? rows - row : TOKENS;
             void *first = then == GATE ? (void *)((uint16_t *)y + row * y_stride) : (float *)y + row * y_stride;
@@ -204,15 +201,15 @@ static void multiply_narrow(const Linear *w, enum then then, int64_t rows, const
 
 #endif
 
-void multiply_prompt(const Linear *w, enum then then, int kind, int64_t rows, const void *x, void *y,
-                     int64_t y_stride) {
+void multiply_prompt(const Linear *w, enum then then, int kind, int64_t rows, const void *x, void *y, int64_t y_stride,
+                     uint32_t *room) {
 #ifdef __AVX512BF16__
     if (kind == BF16) {
-        multiply_narrow(w, then, rows, x, y, y_stride);
+        multiply_narrow(w, then, rows, x, y, y_stride, room);
         return;
     }
 #endif
-    (void)kind;
+    (void)kind, (void)room;
     for (int64_t row = 0; row < rows; row += MAX_ROWS) {
         const int64_t take = rows - row < MAX_ROWS ? rows - row : MAX_ROWS;
         multiply(w, then, take, (const float *)x + row * w->inputs, (float *)y + row * y_stride, y_stride);

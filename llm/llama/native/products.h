@@ -5,9 +5,6 @@
 
 #include "vectors.h"
 
-#define GROUP 32  /* inputs that share a scale in quantised weights */
-#define TOKENS 12 /* of a prompt, that are worked on at once */
-
 /* A matrix of `outputs` x `inputs`, in panels of 16 outputs, an even number of them. Narrow weights lie in words of
    32 bits, one word an output with inputs that follow one another from its low end up: they are unpacked by shifts
    alone.
@@ -22,7 +19,6 @@ typedef struct {
     const float *bias; /* or NULL */
     int64_t outputs, inputs;
     int64_t kind;
-    int64_t is_interleaved; /* panels of the two halves of the outputs take turns */
 } Linear;
 
 /* What becomes of a product. */
@@ -32,8 +28,9 @@ enum then { SET, ADD, GATE }; /* y = p; y += p; y = silu(gate) * up */
 void multiply(const Linear *w, enum then then, int64_t rows, const float *x, float *y, int64_t y_stride);
 
 /* The same for the many rows of a prompt, filled up to a multiple of TOKENS. x is of `kind_of_inputs`, and so is what
-   GATE makes, which is the next product's x; else y is float32. */
-void multiply_prompt(const Linear *w, enum then then, int kind, int64_t rows, const void *x, void *y, int64_t y_stride);
+   GATE makes, which is the next product's x; else y is float32. A thread unpacks into its own `room`: LANES * inputs. */
+void multiply_prompt(const Linear *w, enum then then, int kind, int64_t rows, const void *x, void *y, int64_t y_stride,
+                     uint32_t *room);
 
 /* bfloat16 where keys and values are, if this machine has instructions for its products; else float32. */
 INLINE int kind_of_inputs(int kv_kind) {

@@ -4,6 +4,8 @@
 
 #include "model.h"
 
+#include <omp.h>
+
 /* Tokens of one sequence, which follow one another, and room to work in. */
 typedef struct {
     int64_t threads, rows, start; /* how many, and the position of the first */
@@ -12,6 +14,7 @@ typedef struct {
     float *qkv;                   /* [row][(heads + 2 * kv_heads) * head_dim] */
     void *input, *mlp; /* what is multiplied, float32 or bfloat16, rows filled up to a multiple of TOKENS:
                           [row][hidden] or [row][heads * head_dim]; [row][intermediate] */
+    uint32_t *panels;  /* [thread][widest input][LANES]: weights, unpacked */
 } Prompt;
 
 /* `WIDTH` vectors of values from dimension `i` on, weighted and added to `out` [token][head_dim]. */
@@ -112,14 +115,18 @@ INLINE void read_all(const Model *model, const Layer *layer, int kind, const Pro
 /* Compute keys and values, and put them into their blocks. */
 EXPORT void prefill(const Model *model, const Prompt *prompt) {
     const int64_t rows = prompt->rows, qkv = (model->heads + 2 * model->kv_heads) * model->head_dim;
+    const int64_t heads = model->heads * model->head_dim;
+    const int64_t wider = heads > model->hidden ? heads : model->hidden;
+    const int64_t widest = wider > model->intermediate ? wider : model->intermediate;
     const int kind = kind_of_inputs(model->kv_kind);
 #pragma omp parallel num_threads(prompt->threads)
     for (int64_t i = 0; i < model->num_layers; i++) {
         const Layer *layer = model->layers + i;
+        uint32_t *panels = prompt->panels + omp_get_thread_num() * widest * LANES;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++)
             normalise(model, layer->attention_norm, prompt->x, kind, prompt->input, row);
-        multiply_prompt(&layer->qkv, SET, kind, rows, prompt->input, prompt->qkv, qkv);
+        multiply_prompt(&layer->qkv, SET, kind, rows, prompt->input, prompt->qkv, qkv, panels);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++)
             for (int64_t kv_head = 0; kv_head < model->kv_heads; kv_head++)
@@ -129,11 +136,11 @@ EXPORT void prefill(const Model *model, const Prompt *prompt) {
             read_all(model, layer, BF16, prompt);
         else
             read_all(model, layer, F32, prompt);
-        multiply_prompt(&layer->out, ADD, kind, rows, prompt->input, prompt->x, model->hidden);
+        multiply_prompt(&layer->out, ADD, kind, rows, prompt->input, prompt->x, model->hidden, panels);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++)
             normalise(model, layer->mlp_norm, prompt->x, kind, prompt->input, row);
-        multiply_prompt(&layer->gate_up, GATE, kind, rows, prompt->input, prompt->mlp, model->intermediate);
-        multiply_prompt(&layer->down, ADD, kind, rows, prompt->mlp, prompt->x, model->hidden);
+        multiply_prompt(&layer->gate_up, GATE, kind, rows, prompt->input, prompt->mlp, model->intermediate, panels);
+        multiply_prompt(&layer->down, ADD, kind, rows, prompt->mlp, prompt->x, model->hidden, panels);
     }
 }

@@ -1,13 +1,19 @@
 /* Sixteen numbers at a time, with GCC's vector extensions, so that the compiler takes what the machine has: AVX-512,
-   AVX2, NEON. */
+   AVX2, NEON.
+
+   Sizes come from `kernel.py`:
+   LANES         outputs in a panel of weights, and tokens in a block of keys and values: 16
+   GROUP         inputs that share a scale in quantised weights
+   SPAN          keys that one piece of attention covers
+   MAX_HEAD_DIM  dimensions of a head, at most
+   TOKENS        of a prompt, that are worked on at once
+   MAX_ROWS      of a step, or of a product in float32, at most: threads keep sums of their inputs on their stacks */
 
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-
-#define LANES 16 /* outputs in a panel of weights, and tokens in a block of keys and values */
 
 typedef float f32 __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32 __attribute__((vector_size(4 * LANES)));

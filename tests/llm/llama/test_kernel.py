@@ -83,6 +83,7 @@ SHAPES = {
     "6 to a key": shape(6, 1, 16, hidden_size=96),
     "7 to a key": shape(7, 1, 64, hidden_size=224, vocab_size=5),
     "8 to a key": shape(8, 1, 128),
+    "widest heads": shape(2, 1, kernel.MAX_HEAD_DIM),
     "biases": shape(4, 2, 16, attention_bias=True, mlp_bias=True),
     "tied": shape(4, 4, 32, tie_word_embeddings=True),
 }
@@ -170,7 +171,7 @@ def test_a_step_writes_one_slot_of_each_row_and_nowhere_else(kind: Kind) -> None
 
 
 def test_a_row_gets_the_same_to_the_last_bit_whoever_is_in_the_step(kind: Kind) -> None:
-    contexts = tuple(CONTEXTS[number % len(CONTEXTS)] + number // len(CONTEXTS) for number in range(34))
+    contexts = tuple(CONTEXTS[number % len(CONTEXTS)] + number // len(CONTEXTS) for number in range(70))
     tables, ids = blocks_of(contexts), random_ids(len(contexts))
     llama = on_kernel(tiny(head_dim=32), kind, 1 + sum(map(len, tables)))
 
@@ -180,7 +181,7 @@ def test_a_row_gets_the_same_to_the_last_bit_whoever_is_in_the_step(kind: Kind) 
     alone = torch.cat([step([row]) for row in range(len(contexts))])
 
     generator = torch.Generator().manual_seed(1)
-    for size in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 34):
+    for size in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 70):
         rows = torch.randperm(len(contexts), generator=generator)[:size].tolist()
         assert torch.equal(step(rows), alone[rows])
     assert not torch.equal(alone[0], alone[8])
@@ -379,6 +380,31 @@ def test_a_cache_that_cannot_be_written_costs_speed_and_nothing_else(
     assert kernel.library() is None
 
     assert str(cache) in caplog.text
+
+
+@pytest.mark.parametrize("error", [PermissionError("not yours"), RuntimeError("there is no home directory")])
+def test_a_cache_that_cannot_be_looked_into_costs_speed_and_nothing_else(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """The engine did not start for a user whose HOME was somebody else's."""
+
+    def refuse() -> Path:
+        raise error
+
+    monkeypatch.setattr(kernel, "cache_dir", refuse)
+
+    assert kernel.library() is None
+
+    assert str(error) in caplog.text
+
+
+def test_another_compiler_of_the_same_name_makes_another_kernel(tmp_path: Path) -> None:
+    script = compiler(tmp_path / "cc", "exit 1")
+    before = kernel._identity(str(script))
+
+    compiler(script, "exit 1 # a newer one")
+
+    assert kernel._identity(str(script)) != before
 
 
 def test_a_damaged_file_in_the_cache_costs_speed_and_nothing_else(
