@@ -259,5 +259,6 @@ def _identity(compiler: str) -> str:
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     sources = (path.read_text() for path in sorted(NATIVE.glob("*.[ch]")))
     found = Path(shutil.which(shlex.split(compiler)[0]) or compiler).stat()
-    parts = (*sources, *FLAGS, compiler, str(found.st_size), str(found.st_mtime_ns), platform.machine(), platform.processor(), flags)
+    made_by = (compiler, str(found.st_size), str(found.st_mtime_ns))
+    parts = (*sources, *FLAGS, *made_by, platform.machine(), platform.processor(), flags)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

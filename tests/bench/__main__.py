@@ -66,6 +66,8 @@ def _measure(options: argparse.Namespace, reference: str, scratch: Path) -> None
         found = _apart(limits.measure, device)
         cost = limits.Cost.of(directory, _apart(limits.weight_bytes, reference))
         measured = _apart(alone.measure, reference, size, cost, found)
+        for name in size.formats if device == "cpu" else ():
+            measured += _apart(alone.measure, reference, size, cost, found, quantize=name)
         measured += _apart(generate.measure, reference, size, device)
         texts.append(report.alone_table(measured, found))
 

@@ -126,19 +126,13 @@ QUICK = Size(
 )  # fmt: skip
 
 
-def measure(reference: str, size: Size, cost: Cost, limits: Limits) -> list[Measurement]:
-    """Run everything. Call it in a process of its own."""
-    measured = _measure(LocalEngine(reference), lambda engine: Alone(engine, size, cost, limits).everything())
-    for name in size.formats if limits.device == "cpu" else ():
-        engine = LocalEngine(reference, quantize=name)
-        measured += _measure(engine, lambda engine, name=name: Alone(engine, size, cost, limits).of_format(name))
-    return measured
-
-
-def _measure(engine: Engine, work: Callable[[Engine], Iterator[Measurement]]) -> list[Measurement]:
+def measure(reference: str, size: Size, cost: Cost, limits: Limits, quantize: str = "auto") -> list[Measurement]:
+    """Run everything, or what shows how weights in another format do. Call it in a process of its own."""
+    engine = LocalEngine(reference, quantize=quantize)
+    alone = Alone(engine, size, cost, limits)
     try:
         measured = []
-        for measurement in work(engine):
+        for measurement in alone.everything() if quantize == "auto" else alone.of_format(quantize):
             print(f"  {measurement}", file=sys.stderr, flush=True)
             measured.append(measurement)
         return measured
