@@ -19,8 +19,8 @@ from service.app import create_app
 from service.settings import Settings, read_settings
 
 SWITCH_INTERVAL_S = 0.0005
-"""How long the Python of requests may keep the engine's thread from its next step. With the interpreter's default, which
-is ten times as much, a lone client waits a tenth longer for its answer."""
+"""How long the Python of requests may keep the engine's thread from its next step. With the interpreter's default, ten
+times as much, a lone client waits a tenth longer for its answer."""
 
 log = logging.getLogger("serve")
 
