@@ -306,16 +306,19 @@ class BatchingEngine(Generic[S]):
         self._has_room, self._refused = True, None
 
     def _prefill(self, runner: Runner[S]) -> None:
-        """Read a piece of one prompt. They take turns, so that a long one does not hold up short ones."""
+        """Read a piece of one long prompt, or of several short ones. They take turns."""
+        budget = runner.prefill_budget
+        while (reading := self._next_to_read(budget)) is not None:
+            job, sequence = reading
+            budget -= sequence.num_to_read
+            try:
+                runner.prefill(sequence)
+            except Exception as error:
+                self._fail(runner, [job], error)
+
+    def _next_to_read(self, budget: int) -> tuple[Job[S], S] | None:
         with self._changed:
-            reading = self._schedule.next_to_read()
-        if reading is None:
-            return
-        job, sequence = reading
-        try:
-            runner.prefill(sequence)
-        except Exception as error:
-            self._fail(runner, [job], error)
+            return self._schedule.next_to_read(budget)
 
     def _decode(self, runner: Runner[S]) -> list[tuple[Job[S], Token | LLMError]]:
         """Make one token for each whose prompt is read."""
@@ -332,7 +335,7 @@ class BatchingEngine(Generic[S]):
     def _grow(self, runner: Runner[S]) -> list[Job[S]]:
         """Those whose prompt is read, with room for one token more each; if there is too little, fewer run on."""
         running = self._schedule.running
-        batch = [job for job, sequence in running.items() if sequence.is_prefilled]
+        batch = [job for job, sequence in running.items() if not sequence.num_to_read]
         for job in batch:
             while job in running and not runner.grow(running[job]):
                 other = self._schedule.gives_way()

@@ -15,9 +15,9 @@ class Sequence(Protocol):
     """One request inside a runner: its prompt, and what was generated so far."""
 
     @property
-    def is_prefilled(self) -> bool:
-        """False while tokens have to be read before it can decode. All but the last one are read by `prefill`; the
-        last is its row in the next `decode`."""
+    def num_to_read(self) -> int:
+        """Tokens that the next `prefill` reads, at most; 0 once it can decode. All tokens but the last one are read by
+        `prefill`; the last is its row in the next `decode`."""
         ...
 
     @property
@@ -48,6 +48,12 @@ class Runner(Protocol[S]):
         """Sequences that can have room at once."""
         ...
 
+    @property
+    def prefill_budget(self) -> int:
+        """Tokens that may be read between two decode steps, which is how long others wait for their next token. No
+        `num_to_read` is more."""
+        ...
+
     def open(self, request: Request) -> S:
         """Begin a request. Cheap; takes nothing of the device."""
         ...
@@ -57,7 +63,7 @@ class Runner(Protocol[S]):
         ...
 
     def prefill(self, sequence: S) -> None:
-        """Read the next piece of its tokens: so many at most that the others can wait for it."""
+        """Read the next piece of its tokens."""
         ...
 
     def grow(self, sequence: S) -> bool:

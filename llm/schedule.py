@@ -61,15 +61,20 @@ class Schedule(Generic[S]):
         self.running[job] = sequence
         return True
 
-    def next_to_read(self) -> tuple[Job[S], S] | None:
-        """The running request that reads the next piece of its prompt; after that it is other callers' turn."""
-        reading = [job for job, sequence in self.running.items() if not sequence.is_prefilled]
+    def next_to_read(self, budget: int) -> tuple[Job[S], S] | None:
+        """The running request that reads the next piece of its prompt; after that it is other callers' turn.
+
+        None if nobody has to, or if the piece has more tokens than that: it keeps its turn.
+        """
+        reading = [job for job, sequence in self.running.items() if sequence.num_to_read]
         if not reading:
             return None
         turns: dict[Hashable, int] = {}
         for job in self.running:
             turns[job.caller] = max(turns.get(job.caller, 0), job.turn)
         job = min(reading, key=lambda job: turns[job.caller])
+        if self.running[job].num_to_read > budget:
+            return None
         job.turn = next(self._turns)
         return job, self.running[job]
 

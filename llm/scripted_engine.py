@@ -84,9 +84,9 @@ class Answer:
         self.tokens: Iterator[int] | None = None
 
     @property
-    def is_prefilled(self) -> bool:
-        """True once the script was asked."""
-        return self.tokens is not None
+    def num_to_read(self) -> int:
+        """1 until the script was asked."""
+        return int(self.tokens is None)
 
 
 class ScriptRunner:
@@ -117,6 +117,10 @@ class ScriptRunner:
 
     def admit(self, sequence: Answer) -> bool:
         return True
+
+    @property
+    def prefill_budget(self) -> int:
+        return 1
 
     def prefill(self, sequence: Answer) -> None:
         prompt = self._backend.decode(sequence.request.prompt, skip_special_tokens=False)

@@ -40,9 +40,10 @@ class LlamaSequence:
         """Prompt tokens that were computed before its first token came."""
 
     @property
-    def is_prefilled(self) -> bool:
-        """True once all tokens but the last are read."""
-        return self.placed.num_filled == len(self.tokens) - 1
+    def num_to_read(self) -> int:
+        """Up to the end of a chunk, or to the last token."""
+        start = self.placed.num_filled
+        return min(len(self.tokens) - 1, (start // PREFILL_CHUNK + 1) * PREFILL_CHUNK) - start
 
     @property
     def num_cached(self) -> int:
@@ -84,6 +85,11 @@ class LlamaRunner:
         plan = plan_memory(weights, context=checkpoint.context, max_slots=max_slots, is_fixed=max_context is not None)
         return cls(replace(checkpoint, context=plan.context), Llama(weights, plan.num_blocks), slots=plan.slots)
 
+    @property
+    def prefill_budget(self) -> int:
+        """One chunk of a long prompt, or as much of short ones."""
+        return PREFILL_CHUNK
+
     def open(self, request: Request) -> LlamaSequence:
         """Begin a request."""
         return LlamaSequence(request)
@@ -98,8 +104,8 @@ class LlamaRunner:
         """Read a chunk of its tokens, or find that somebody has read them meanwhile."""
         table = sequence.placed
         self._pool.adopt(table)
-        start, last = table.num_filled, len(sequence.tokens) - 1
-        end = min(last, (start // PREFILL_CHUNK + 1) * PREFILL_CHUNK)
+        start = table.num_filled
+        end = start + sequence.num_to_read
         if end == start:
             return
         with _typed_errors():

@@ -48,8 +48,8 @@ class FakeSequence:
         self.room = 0
 
     @property
-    def is_prefilled(self) -> bool:
-        return self.num_read >= self.num_prompt - 1
+    def num_to_read(self) -> int:
+        return max(0, min(CHUNK, self.num_prompt - 1 - self.num_read))
 
 
 def answer(name: int, num_tokens: int) -> tuple[int, ...]:
@@ -70,6 +70,7 @@ class FakeRunner:
         """Errors of single rows, by name."""
         self.num_admitted = 0
         self.num_resumed = 0
+        self.budget = CHUNK
 
     def _act(self, what: str, *sequences: FakeSequence) -> None:
         assert threading.current_thread().name == "engine fake", "torch is used in one thread"
@@ -82,6 +83,12 @@ class FakeRunner:
     def open(self, request: Request) -> FakeSequence:
         self._act("open")
         return FakeSequence(request)
+
+    @property
+    def prefill_budget(self) -> int:
+        """Asked for once between two steps."""
+        self.budget = CHUNK
+        return CHUNK
 
     def admit(self, sequence: FakeSequence) -> bool:
         assert sequence.room == 0
@@ -98,12 +105,13 @@ class FakeRunner:
 
     def prefill(self, sequence: FakeSequence) -> None:
         assert sequence.room
-        assert not sequence.is_prefilled
+        assert 0 < sequence.num_to_read <= self.budget
+        self.budget -= sequence.num_to_read
         self._act("prefill", sequence)
         sequence.num_read = min(sequence.num_read + CHUNK, sequence.num_prompt - 1)
 
     def grow(self, sequence: FakeSequence) -> bool:
-        assert sequence.is_prefilled
+        assert sequence.num_to_read == 0
         assert sequence.room == sequence.num_prompt + sequence.num_made
         if self.free < 1:
             self._act("full", sequence)
@@ -261,6 +269,22 @@ def test_however_many_prompts_a_caller_has_it_reads_no_more_than_another_with_on
 
     pieces = [act for act in runner.acts if act.startswith("prefill")]
     assert pieces == ["prefill x", "prefill a"] * 4 + ["prefill b"] * 4 + ["prefill c"] * 4
+
+
+def test_between_two_steps_as_much_is_read_of_short_prompts_as_of_a_long_one(start: Start) -> None:
+    """A long one that does not fit beside them keeps its turn."""
+    runner = FakeRunner(slots=5)
+    engine = start(runner)
+    prompts = {"a": 2, "b": 2, "l": 3, "c": 2, "d": 2}
+
+    for generation in submit(engine, *(ask(name, prompt=size, max_tokens=1) for name, size in prompts.items())):
+        generation.whole()
+
+    assert runner.steps == [
+        *("prefill a", "prefill b", "decode a b"),
+        *("prefill l", "decode l"),
+        *("prefill c", "prefill d", "decode c d"),
+    ]
 
 
 def test_a_prompt_of_one_token_needs_no_prefill(start: Start) -> None:
@@ -761,7 +785,7 @@ def test_restarts_are_forgiven_when_a_request_was_finished(start: Start) -> None
     assert engine.health().restarts == MAX_RESTARTS + 2
 
 
-@pytest.mark.parametrize("place", ["prefill a", "decode a", "admit a"])
+@pytest.mark.parametrize("place", ["prefill a", "decode", "admit a"])
 def test_a_runner_may_say_that_it_is_dead(start: Start, place: str) -> None:
     runner = FakeRunner()
     engine = start(runner)
