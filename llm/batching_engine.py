@@ -56,7 +56,7 @@ class BatchingEngine(Generic[S]):
         self._name = name
         self._open_runner = open_runner
         self._max_queue = max_queue
-        # The engine's thread's own; both until a request leaves:
+        # Changed by the engine's thread alone; both until a request leaves:
         self._has_room = True  # False when those that run need more memory than there is
         self._refused: Job[S] | None = None  # the request that was next, and did not fit
         # Guards everything below. What runs is changed by the engine's thread alone, which reads it without the lock.
@@ -148,7 +148,8 @@ class BatchingEngine(Generic[S]):
         """Slots that are free, and that memory does not keep from being used, are not waited for."""
         if self._max_queue is None:
             return False
-        can_enter = self._has_room and (self._refused is None or self._refused.generation.is_ended)
+        refused = self._refused
+        can_enter = self._has_room and (refused is None or refused.generation.is_ended)
         free = max(0, self._slots - len(self._schedule.running)) if can_enter else 0
         return self._schedule.num_new >= self._max_queue + free
 

@@ -26,7 +26,7 @@ class Job(Generic[S]):
         self.is_new = True
         """True until it gets its first slot."""
         self.turn = 0
-        """When it got its slot, or read a piece of its prompt; the last of it is the highest."""
+        """A number that grows: of the moment when it got its slot, or last read a piece of its prompt."""
         self.num_tokens = 0
         """Tokens of the answer so far."""
         self._max_tokens = check_limits(request, checkpoint)

@@ -222,18 +222,14 @@ class Kernel:
                 panels = torch.unflatten(panels, 0, (2, -1)).transpose(0, 1)
             bias = panels.contiguous()
             self._kept.append(bias)
-        return _linear(matrix, bias)
-
-
-def _linear(matrix: PackedMatrix, bias: Tensor | None) -> Linear:
-    return Linear(
-        matrix.weights.data_ptr(),
-        None if matrix.scales is None else matrix.scales.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        matrix.outputs,
-        matrix.inputs,
-        matrix.format,
-    )
+        return Linear(
+            matrix.weights.data_ptr(),
+            None if matrix.scales is None else matrix.scales.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            matrix.outputs,
+            matrix.inputs,
+            matrix.format,
+        )
 
 
 def loaded() -> ctypes.CDLL:

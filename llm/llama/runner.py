@@ -103,10 +103,10 @@ class LlamaRunner:
     def prefill(self, sequence: LlamaSequence) -> None:
         """Read a chunk of its tokens, or find that somebody has read them meanwhile."""
         table = sequence.placed
+        end = table.num_filled + sequence.num_to_read
         self._pool.adopt(table)
         start = table.num_filled
-        end = start + sequence.num_to_read
-        if end == start:
+        if start >= end:
             return
         with _typed_errors():
             self._model.prefill(sequence.tokens[start:end], start, table.blocks)

@@ -341,6 +341,32 @@ def test_a_chunk_ends_where_it_would_have_ended_without_company_or_cache(
     ]
 
 
+def test_who_finds_that_others_have_read_on_reads_no_more_than_was_said(
+    loaded: tuple[Checkpoint, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went on with the chunk behind the one that others had read: more than the others' next token can wait for."""
+    checkpoint, weights = loaded
+    runner = LlamaRunner(checkpoint, Llama(weights, 200), slots=3)
+    ids = tuple(random_ids(600))
+
+    def admitted(num_tokens: int) -> LlamaSequence:
+        sequence = runner.open(Request(prompt=ids[:num_tokens], sampling=Sampling(max_tokens=1), owner="anna"))
+        assert runner.admit(sequence)
+        return sequence
+
+    runner.prefill(admitted(200))
+    ahead, behind = admitted(600), admitted(600)
+    runner.prefill(ahead)
+    runner.prefill(ahead)
+    assert 0 < behind.num_to_read < PREFILL_CHUNK
+    computed = counted(monkeypatch, runner._model, "prefill")
+
+    runner.prefill(behind)
+
+    assert not computed
+    assert behind.num_to_read == ahead.num_to_read
+
+
 def test_many_requests_that_end_in_all_ways_leave_nothing_behind(start: Start, generate: Generate) -> None:
     small = start(60, slots=6)
     pick = random.Random(3)
