@@ -3,7 +3,6 @@
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -16,17 +15,26 @@ from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine
 from llm.engine import Engine, EngineState
 from llm.errors import LLMError
 from service.app import create_app
-from service.settings import Settings, read_settings
+from service.connection import keep_alive, timed_protocol
+from service.draining import DrainingServer
+from service.keys import KeysError, manage
+from service.logs import start_logging
+from service.settings import Settings, SettingsError, read_settings
 
 SWITCH_INTERVAL_S = 0.0005
 """How long the Python of requests may keep the engine's thread from its next step. With the interpreter's default, ten
 times as much, a lone client waits a tenth longer for its answer."""
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
 
 log = logging.getLogger("serve")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Load the model in the background and serve its chains until told to stop; return the exit code."""
+    if arguments[:1] == ["keys"]:
+        return manage(arguments[1:], read_settings([]).api_keys_file)
     settings = read_settings(arguments)
     keep_quiet_outside(settings)
     if settings.cache is not None:
@@ -39,7 +47,6 @@ def main(arguments: Sequence[str]) -> int:
         quantize=settings.quantize,
         max_slots=settings.max_slots,
         max_context=settings.max_context,
-        max_queue=settings.max_queue,
     )
     return run(settings, engine, listener)
 
@@ -48,18 +55,23 @@ def listen(settings: Settings) -> socket.socket:
     """Take the port before anything is loaded, or say in one line why not, and exit."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = (error.strerror or "").partition(" (while")[0]  # `create_server` repeats the address there
         where = f"port {settings.port} of {settings.host}"
         sys.exit(f"serve.py: cannot listen on {where}: {reason}; set SERVE_PORT or SERVE_HOST")
+    keep_alive(listener, settings.idle_timeout_s)
+    return listener
 
 
 def run(settings: Settings, engine: Engine, listener: socket.socket | None = None) -> int:
     """Serve the chains over an engine until told to stop, or until its model turns out not to be had."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging(settings.log_level, settings.log_format)
     try:
         exit_code = serve(settings, engine, listener or listen(settings))
+    except (KeysError, SettingsError) as error:
+        log.error("%s", error)
+        exit_code = 2
     except Exception:
         log.exception("The service has failed")
         exit_code = 1
@@ -76,9 +88,22 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
     model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
     app = create_app(settings, chains=build_chains(model), check=model.check, engine=engine)
     config = uvicorn.Config(
-        app, root_path=settings.root_path, log_config=None, timeout_graceful_shutdown=settings.drain_timeout_s
+        app,
+        http=timed_protocol(settings.idle_timeout_s),
+        root_path=settings.root_path,
+        forwarded_allow_ips=settings.trusted_proxies,
+        server_header=False,
+        access_log=False,
+        log_config=None,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_keyfile_password=settings.ssl_password,
     )
-    server = uvicorn.Server(config)
+    try:
+        config.load()
+    except OSError as error:
+        raise SettingsError(f"SERVE_SSL_CERTFILE or SERVE_SSL_KEYFILE cannot be used: {error}") from error
+    server = DrainingServer(config, app.state.admission, drain_timeout_s=settings.drain_timeout_s)
     failures: list[LLMError] = []
 
     def watch() -> None:
@@ -92,14 +117,10 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
                 server.should_exit = True
 
     threading.Thread(target=watch, daemon=True).start()
-    # uvicorn raises the signal that it was stopped by once more when all is done: that would not be a clean exit.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     host, port = listener.getsockname()[:2]
-    log.info("Serving on http://%s:%s", f"[{host}]" if ":" in host else host, port)
+    scheme = "https" if config.is_ssl else "http"
+    log.info("Serving on %s://%s:%s", scheme, f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
     return 1 if failures else 0
 
 

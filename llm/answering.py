@@ -18,6 +18,7 @@ def build_request(ids: Sequence[int], sampling: Sampling, *, timeout_s: float | 
         prompt=tuple(ids),
         sampling=sampling,
         num_shared=num_shared,
+        max_output_tokens=caller.max_output_tokens,
         deadline=min((deadline for deadline in deadlines if deadline is not None), default=None),
         owner=caller.owner,
         caller=caller.id,

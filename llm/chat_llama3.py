@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from llm.answering import acomplete, astream, build_request, complete, generation_info, stream
 from llm.checkpoint import Checkpoint
 from llm.engine import Request, check_limits
-from llm.errors import EngineError, QueueFull
+from llm.errors import EngineError
 from llm.generation import Chunk, Usage
 from llm.llama3_llm import LLaMA3_LLM
 from llm.prompt import count, count_shared, encode
@@ -114,13 +114,10 @@ class ChatLLaMA3(BaseChatModel):
         """Hold a call against the model's limits without making it; return the number of prompt tokens.
 
         Raises what the call would raise: `InvalidOption`, `InvalidMessage`, `ContextOverflow`, or an `EngineError`
-        while there is no model or no room in the queue.
+        while there is no model.
         """
         request = self._request(messages, stop, options)
         check_limits(request, self._loaded())
-        health = self.llm.engine.health()
-        if health.is_full:
-            raise QueueFull(health.waiting)
         return len(request.prompt)
 
     def _loaded(self) -> Checkpoint:

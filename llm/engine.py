@@ -17,6 +17,8 @@ class Request:
     prompt: tuple[int, ...]
     """Token ids."""
     sampling: Sampling
+    max_output_tokens: int | None = None
+    """Tokens of the answer at most, whatever its sampling says: the service's own limit."""
     deadline: float | None = None
     """`time.monotonic()` seconds after which the request ends, wherever it is."""
     owner: str = ""
@@ -50,8 +52,6 @@ class EngineHealth:
     """Requests that have a slot."""
     waiting: int = 0
     """Requests in the queue, those among them that had to give up a slot."""
-    is_full: bool = False
-    """True if one request more would be refused."""
     slots: int = 0
     """Requests that can run at once."""
     context: int = 0
@@ -60,6 +60,10 @@ class EngineHealth:
     """Tokens of all prompts that were read, since the start."""
     cached_tokens: int = 0
     """How many of these did not have to be computed."""
+    memory_use: float = 0.0
+    """From 0 to 1: the part of the memory for keys and values that running requests hold."""
+    preemptions: int = 0
+    """How often a request had to give up its slot or its memory to another, since the start."""
     restarts: int = 0
     """How often the engine's loop has failed and started again."""
     error: str | None = None
@@ -108,11 +112,12 @@ def check_limits(request: Request, checkpoint: Checkpoint) -> int:
         raise InvalidOption("num_shared", f"between 0 and {num_prompt}, the prompt's tokens", request.num_shared)
     if sampling.top_k > checkpoint.vocab_size:
         raise InvalidOption("top_k", f"at most {checkpoint.vocab_size}, the size of the vocabulary", sampling.top_k)
+    limit = request.max_output_tokens
+    if limit is not None and limit < 1:
+        raise InvalidOption("max_output_tokens", "at least 1", limit)
     room = checkpoint.context - num_prompt
     if room < 1:
         raise ContextOverflow(prompt=num_prompt, context=checkpoint.context)
-    if sampling.max_tokens is None:
-        return room
-    if sampling.max_tokens > room:
+    if sampling.max_tokens is not None and sampling.max_tokens > room:
         raise ContextOverflow(prompt=num_prompt, context=checkpoint.context, max_tokens=sampling.max_tokens)
-    return sampling.max_tokens
+    return min(most for most in (room, sampling.max_tokens, limit) if most is not None)

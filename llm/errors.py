@@ -16,7 +16,7 @@ LLMError
 └── EngineError
     ├── EngineLoading          not ready yet: try again
     ├── EngineDead             the engine has failed or was closed
-    ├── QueueFull              too many requests wait already
+    ├── ShuttingDown           the service is being stopped
     ├── DeadlineExceeded       the request's time was up (also a TimeoutError)
     ├── OutOfDeviceMemory      the device has no room for this request; the engine goes on (also a MemoryError)
     ├── EngineRestarted        the engine failed and starts again; whatever ran or waited has to be sent again
@@ -119,12 +119,8 @@ class EngineDead(EngineError):
     """The engine has failed or was closed; it takes no more requests."""
 
 
-class QueueFull(EngineError):
-    """Too many requests wait already."""
-
-    def __init__(self, waiting: int) -> None:
-        super().__init__(f"{waiting} requests wait already, which is the limit")
-        self.waiting = waiting
+class ShuttingDown(EngineError):
+    """The service is being stopped, and waits no longer for this request."""
 
 
 class DeadlineExceeded(EngineError, TimeoutError):

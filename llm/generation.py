@@ -95,32 +95,49 @@ class Timings:
 
     queued: float = field(default_factory=time.monotonic)
     admitted: float | None = None
-    first_token: float | None = None
+    tokens: list[float] = field(default_factory=list)
+    """Of each piece that brought tokens."""
     ended: float | None = None
+
+    @property
+    def first_token(self) -> float | None:
+        """Time to first token begins at `queued`."""
+        return self.tokens[0] if self.tokens else None
 
 
 class Generation:
     """An answer in the making. Iterate it (`for` or `async for`) to get its chunks; `cancel()` to end it.
 
-    It always ends: after a chunk with a `finish_reason`, or by raising the typed error that stopped it.
+    It always ends: after a chunk with a `finish_reason`, or by raising the typed error that stopped it. What became of
+    it can be told from then on, whoever reads it.
     """
 
-    def __init__(self, on_cancel: Callable[["Generation"], None], *, deadline: float | None = None) -> None:
+    def __init__(
+        self, on_cancel: Callable[["Generation"], None], *, deadline: float | None = None, prompt_tokens: int = 0
+    ) -> None:
         """Begin.
 
         Args:
-            on_cancel: Told once if it is cancelled or its time is up.
+            on_cancel: Told once if it is cancelled or aborted, or if its time is up.
             deadline: `time.monotonic()` seconds at which it ends. Its reader watches it, too: an engine that hangs
                 must not hang others.
+            prompt_tokens: For its `usage`, should the engine not come to tell it.
         """
         self.timings = Timings()
+        self.finish_reason: FinishReason | None = None
+        """None while it runs, and if an error ended it."""
+        self.error: LLMError | None = None
+        """What ended it, if not a `finish_reason`."""
+        self.usage: Usage | None = None
+        """None while it runs. The engine's own count if it came to its own end; else of what had come by then."""
         self._on_cancel = on_cancel
         self._deadline = deadline
+        self._prompt_tokens = prompt_tokens
+        self._completion_tokens = 0
         self._ready = threading.Condition()
         self._waiter: asyncio.Future[None] | None = None  # of an event loop; a thread waits for `_ready` itself
         self._is_wanted_whole = False
         self._pending: list[Chunk] = []
-        self._error: LLMError | None = None
         self._is_ended = False
 
     @property
@@ -130,8 +147,18 @@ class Generation:
 
     def cancel(self) -> None:
         """End it now, in whatever phase it is. The engine frees its slot within one step. Harmless when ended."""
-        if self._put(Chunk(finish_reason=FinishReason.CANCELLED), ends=True):
+        if self._put(Chunk(finish_reason=FinishReason.CANCELLED)):
             self._on_cancel(self)
+
+    def abort(self, error: LLMError) -> None:
+        """`cancel`, but so that its reader does not take for whole what has come: after that, the error is raised."""
+        if self._put(error):
+            self._on_cancel(self)
+
+    def expire(self) -> None:
+        """Abort it because its time is up."""
+        waited_s = time.monotonic() - self.timings.queued
+        self.abort(DeadlineExceeded(f"the request was not finished in time: ended after {waited_s:.1f} s"))
 
     # The consumer's side.
 
@@ -180,13 +207,6 @@ class Generation:
         self._is_wanted_whole = True
         return Chunk.join([chunk async for chunk in self])
 
-    def expire(self) -> None:
-        """End it because its time is up."""
-        waited_s = time.monotonic() - self.timings.queued
-        error = DeadlineExceeded(f"the request was not finished in time: ended after {waited_s:.1f} s")
-        if self._put(None, ends=True, error=error):
-            self._on_cancel(self)
-
     def _left_s(self) -> float | None:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
@@ -198,8 +218,8 @@ class Generation:
         if self._pending:
             chunks, self._pending = self._pending, []
             return Chunk.join(chunks)
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return None
 
     # The producer's side.
@@ -209,28 +229,26 @@ class Generation:
         deliver([(self, chunk)])
 
     def fail(self, error: LLMError) -> None:
-        """End with an error. Ignored once ended."""
-        self._put(None, ends=True, error=error)
+        """End with an error, as `abort` does, by the engine itself. Ignored once ended."""
+        self._put(error)
 
-    def _put(
-        self,
-        chunk: Chunk | None,
-        *,
-        ends: bool,
-        error: LLMError | None = None,
-        wake: Callable[[asyncio.Future[None]], None] | None = None,
-    ) -> bool:
+    def _put(self, piece: Chunk | LLMError, *, wake: Callable[[asyncio.Future[None]], None] | None = None) -> bool:
+        """Add what has come. False if it has ended before, and nothing has changed."""
         with self._ready:
             if self._is_ended:
                 return False
-            if chunk is not None:
-                self._pending.append(chunk)
-                if chunk.token_ids and self.timings.first_token is None:
-                    self.timings.first_token = time.monotonic()
-            if ends:
-                self._error = error
-                self._is_ended = True
+            if isinstance(piece, LLMError):
+                self.error = piece
+            else:
+                self._pending.append(piece)
+                self.finish_reason, self.usage = piece.finish_reason, piece.usage
+                if piece.token_ids:
+                    self._completion_tokens += len(piece.token_ids)
+                    self.timings.tokens.append(time.monotonic())
+            if self.error is not None or self.finish_reason is not None:
+                self.usage = self.usage or Usage(self._prompt_tokens, self._completion_tokens)
                 self.timings.ended = time.monotonic()
+                self._is_ended = True  # the last: others look at it without the lock
             if not self._has_news():
                 return True
             self._ready.notify_all()
@@ -247,7 +265,7 @@ def deliver(pieces: Iterable[tuple[Generation, Chunk]]) -> None:
     """
     waiters: list[asyncio.Future[None]] = []
     for generation, chunk in pieces:
-        generation._put(chunk, ends=chunk.finish_reason is not None, wake=waiters.append)
+        generation._put(chunk, wake=waiters.append)
     _wake(*waiters)
 
 

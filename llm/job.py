@@ -23,8 +23,6 @@ class Job(Generic[S]):
         self.caller: Hashable = request.caller or generation  # nobody's requests have nothing to do with each other
         self.deadline = math.inf if request.deadline is None else request.deadline
         self.sequence: S | None = None  # opened when its turn comes
-        self.is_new = True
-        """True until it gets its first slot."""
         self.turn = 0
         """A number that grows: of the moment when it got its slot, or last read a piece of its prompt."""
         self.num_tokens = 0

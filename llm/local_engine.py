@@ -23,7 +23,6 @@ class LocalEngine(BatchingEngine[Any]):  # of a sequence type whose import takes
         quantize: str = "auto",
         max_slots: int | None = None,
         max_context: int | None = None,
-        max_queue: int | None = None,
     ) -> None:
         """Return at once; the model is fetched and loaded in the background.
 
@@ -35,7 +34,6 @@ class LocalEngine(BatchingEngine[Any]):  # of a sequence type whose import takes
                 more to begin with.
             max_slots: Requests that run at once; None: 64, fewer where the memory is small.
             max_context: Tokens of prompt and answer together; None: what the checkpoint was trained for, or what fits.
-            max_queue: Requests that may wait; None: any number.
         """
         load = partial(
             _load,
@@ -46,7 +44,7 @@ class LocalEngine(BatchingEngine[Any]):  # of a sequence type whose import takes
             max_slots=max_slots,
             max_context=max_context,
         )
-        super().__init__(reference, load, max_queue=max_queue)
+        super().__init__(reference, load)
 
 
 def _load(

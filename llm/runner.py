@@ -54,6 +54,12 @@ class Runner(Protocol[S]):
         `num_to_read` is more."""
         ...
 
+    @property
+    def memory_use(self) -> float:
+        """From 0 to 1: the part of its memory for keys and values that sequences hold. What is kept only to be found
+        again does not count: who needs it gets it."""
+        ...
+
     def open(self, request: Request) -> S:
         """Begin a request. Cheap; takes nothing of the device."""
         ...

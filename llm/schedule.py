@@ -23,8 +23,6 @@ class Schedule(Generic[S]):
     def __init__(self) -> None:
         self.running: dict[Job[S], S] = {}
         """Those that have a slot, in the order in which they got it."""
-        self.num_new = 0
-        """How many of those that wait have never run."""
         self._jobs: dict[Generation, Job[S]] = {}  # all, the oldest first
         self._waiting: Turns[Job[S]] = Turns()
         self._next_deadline = math.inf  # none ends sooner
@@ -42,7 +40,6 @@ class Schedule(Generic[S]):
 
     def add(self, job: Job[S]) -> None:
         """Let a new request wait."""
-        self.num_new += 1
         self._jobs[job.generation] = job
         self._waiting.push(job.caller, job)
         self._next_deadline = min(self._next_deadline, job.deadline)
@@ -55,8 +52,6 @@ class Schedule(Generic[S]):
         """Let a request run that was next. False if it was cancelled in the meantime."""
         if not self._waiting.take(job.caller, job):
             return False
-        self.num_new -= job.is_new
-        job.is_new = False
         job.turn = next(self._turns)
         self.running[job] = sequence
         return True
@@ -100,8 +95,7 @@ class Schedule(Generic[S]):
         """Be done with a request, wherever it is."""
         self.running.pop(job, None)
         self._waiting.remove(job.caller, job)
-        if self._jobs.pop(job.generation, None) is not None:
-            self.num_new -= job.is_new
+        self._jobs.pop(job.generation, None)
 
     def forget(self, generation: Generation) -> None:
         """Be done with a request if it waits. One that runs has to be released first."""
@@ -115,7 +109,6 @@ class Schedule(Generic[S]):
         self._jobs.clear()
         self._waiting.clear()
         self.running.clear()
-        self.num_new = 0
         return generations
 
     def late(self, now: float) -> list[Generation]:

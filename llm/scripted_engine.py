@@ -45,7 +45,6 @@ class ScriptedEngine(BatchingEngine["Answer"]):
         token_delay_s: float = 0.0,
         load_delay_s: float = 0.0,
         max_slots: int = 16,
-        max_queue: int | None = None,
     ) -> None:
         """Return at once.
 
@@ -57,7 +56,6 @@ class ScriptedEngine(BatchingEngine["Answer"]):
             token_delay_s: Time that a step takes: one token for each request that runs.
             load_delay_s: Time that loading takes.
             max_slots: Requests that run at once.
-            max_queue: Requests that may wait; None: any number.
         """
         self._prompts: deque[str] = deque(maxlen=MAX_PROMPTS)
 
@@ -66,7 +64,7 @@ class ScriptedEngine(BatchingEngine["Answer"]):
             said = script if callable(script) else lambda _: script
             return ScriptRunner(said, name, context, token_delay_s, max_slots, self._prompts)
 
-        super().__init__(name, open_runner, max_queue=max_queue)
+        super().__init__(name, open_runner)
 
     @property
     def prompts(self) -> list[str]:
@@ -91,6 +89,8 @@ class Answer:
 
 class ScriptRunner:
     """A `Runner` that spells out scripted answers."""
+
+    memory_use = 0.0  # it needs none
 
     def __init__(
         self, script: Script, name: str, context: int, token_delay_s: float, slots: int, prompts: deque[str]

@@ -11,33 +11,58 @@ from fastapi_offline import FastAPIOffline
 from langchain_core._api import LangChainDeprecationWarning
 from sse_starlette.sse import unpatch_uvicorn_signal_handler
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from chains import Chain
 from llm.engine import Engine
+from service.access import Access
+from service.admission import Admission
+from service.boundary import ErrorBoundary, answer_error
 from service.disconnect import CancelOnDisconnect
-from service.door import Check
-from service.errors import ErrorBoundary, Refusal, answer_error
+from service.door import Check, Door
+from service.errors import Refusal
 from service.health import health_router
+from service.keys import KeyRing
+from service.logs import log_request
+from service.metrics import Metrics, metrics_router
 from service.openapi import describe_api
 from service.pages import add_index
 from service.playground import ExplainFailures
+from service.quota import open_quota
+from service.record import Record
+from service.recorder import Recorder
 from service.routes import host
 from service.settings import Settings
 
 
 def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, engine: Engine) -> FastAPI:
-    """Build the application.
+    """Build the application. Its `state.admission` can be told to let nobody in any more.
 
     Args:
-        settings: Limits and paths.
+        settings: Limits, paths, and who may call.
         chains: What to host.
         check: The model's own limits, asked by the door.
         engine: Looked at by `/health`, and closed at the end.
+
+    Raises:
+        KeysError: The keys of the settings cannot be used.
+        SettingsError: A limit is set for a chain that there is not.
     """
+    settings.check_chains([chain.name for chain in chains])
     # sse-starlette cuts running streams off at SIGTERM; uvicorn lets them end.
     unpatch_uvicorn_signal_handler()  # type: ignore[no-untyped-call]
     # LangServe's playgrounds need /stream_log; each use of it would write this into our log.
     warnings.filterwarnings("ignore", "astream_log is deprecated", LangChainDeprecationWarning)
+
+    keys = KeyRing(settings.api_keys_file, settings.api_keys.get_secret_value())
+    admission = Admission(
+        engine,
+        open_quota(settings.rate_limit, settings.redis_url),
+        max_queue=settings.max_queue,
+        max_concurrent=settings.max_concurrent,
+        has_keys=not keys.is_open,
+    )
+    metrics = Metrics(engine, admission)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -49,14 +74,42 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
         lifespan=lifespan,
         redoc_url=None,
     )
+    app.state.admission = admission
     for kind in (HTTPException, RequestValidationError, Refusal):
         app.add_exception_handler(kind, answer_error)
-    app.add_middleware(ExplainFailures)
-    app.add_middleware(CancelOnDisconnect)
-    app.add_middleware(ErrorBoundary)  # added last, so outermost
-    app.include_router(health_router(engine))
+    add_layers(app, settings, keys, metrics)
+    app.include_router(health_router(engine, admission))
+    app.include_router(metrics_router(metrics))
     add_index(app, chains, engine)
     for chain in chains:
-        host(app, chain, check, settings)
+        host(app, chain, Door(chain, check, settings.limits(chain.name), admission, metrics))
     describe_api(app)
     return app
+
+
+def add_layers(app: FastAPI, settings: Settings, keys: KeyRing, metrics: Metrics) -> None:
+    """What every request goes through, from the inside out: the last one added is the first one met."""
+
+    def tell(record: Record) -> None:
+        metrics.count_request(record)
+        log_request(record)
+
+    app.add_middleware(ExplainFailures)
+    app.add_middleware(CancelOnDisconnect)
+    app.add_middleware(
+        Access,
+        keys=keys,
+        allowed_hosts=settings.allowed_hosts,
+        cors_origins=settings.cors_origins,
+        insecure=settings.insecure,
+    )
+    app.add_middleware(ErrorBoundary)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )
+    app.add_middleware(Recorder, tell=tell, keeps_texts=settings.log_texts)

@@ -134,7 +134,12 @@ def calls(body: InvokeBody | BatchBody, shared: Mapping[str, Any], *, max_batch:
         return [Call("input", body.input, "config.configurable", options)]
     num_inputs = len(body.inputs)
     if num_inputs > max_batch:
-        raise Refusal(422, "invalid_request", f"inputs: at most {max_batch} at once, got {num_inputs}", field="inputs")
+        raise Refusal(
+            422,
+            "invalid_request",
+            f"inputs: at most {max_batch} at once (SERVE_MAX_BATCH), got {num_inputs}",
+            field="inputs",
+        )
     if isinstance(body.config, Config):
         at = ["config.configurable"] * num_inputs
         configs = [body.config] * num_inputs
@@ -157,7 +162,8 @@ async def read_json(request: Request, max_body: int) -> Any:
         async for piece in request.stream():
             size += len(piece)
             if size > max_body:
-                raise Refusal(413, "body_too_large", f"a body may have {max_body} bytes at most", field="body")
+                message = f"a body may have {max_body} bytes at most (SERVE_MAX_BODY)"
+                raise Refusal(413, "body_too_large", message, field="body")
             pieces.append(piece)
     except ClientDisconnect as error:
         raise Refusal(400, "incomplete", "the client went away before its body had come") from error

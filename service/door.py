@@ -1,13 +1,15 @@
 """The door: every request to a chain comes through here before anything is computed or sent.
 
-It reads the body once, validates every input and option, holds the prompts against the model's limits, and says on
-whose behalf the work is done. So every refusal comes before the first byte, with a status code, on every endpoint.
+It asks for admission, reads the body once, validates every input and option, holds the prompts against the limits, and
+says on whose behalf the work is done. So every refusal comes before the first byte, with a status code, on every
+endpoint.
 """
 
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import anyio
@@ -18,15 +20,21 @@ from langchain_core.messages import BaseMessage
 from pydantic import BaseModel, ConfigDict, create_model
 
 from chains import Chain
-from llm.caller import Caller, current_caller
+from llm.caller import Caller, Report, current_caller
 from llm.errors import InvalidMessage, InvalidOption
-from service.body import BODIES, BatchBody, Call, calls, read_json, shared_options, validate
+from service.admission import Admission
+from service.body import BODIES, Call, calls, read_json, shared_options, validate
 from service.errors import Refusal
-from service.settings import Settings
+from service.limits import Limits
+from service.metrics import Metrics
+from service.record import Record, record_of
 
 ASSET = re.compile(r"([\w/-]{1,100}\.\w{1,10})?", re.ASCII)
 """Files of a playground. LangServe asks the file system for whatever it is given, which raises at a directory, a null
 byte, and a name that is too long."""
+
+GRACE_S = 5.0
+"""How long after its deadline a request may take to say so."""
 
 
 class Check(Protocol):
@@ -35,12 +43,22 @@ class Check(Protocol):
     def __call__(self, messages: Sequence[BaseMessage], **options: Any) -> int: ...
 
 
-def open_door(chain: Chain, check: Check, settings: Settings) -> Callable[[Request], AsyncIterator[None]]:
-    """Make the dependency for a chain's routes."""
-    options_type = _options_type(chain)
-    tokenizing = anyio.CapacityLimiter(os.cpu_count() or 1)  # leaves the other threads to others
+class Door:
+    """The dependency for a chain's routes."""
 
-    async def door(request: Request) -> AsyncIterator[None]:
+    def __init__(self, chain: Chain, check: Check, limits: Limits, admission: Admission, metrics: Metrics) -> None:
+        self._chain = chain
+        self._check = check
+        self._limits = limits
+        self._admission = admission
+        self._metrics = metrics
+        self._options_type = _options_type(chain)
+        self._tokenizing = anyio.CapacityLimiter(os.cpu_count() or 1)  # leaves the other threads to others
+
+    async def __call__(self, request: Request) -> AsyncIterator[None]:
+        """Let a request through, or raise why not."""
+        record = record_of(request.scope)
+        record.chain, record.key = self._chain.name, request.state.key
         shared = shared_options(request.path_params.get("config_hash"))
         if request.method != "POST":
             # Pages and schemas are the same whatever the options. The form playground asks for its input schema with
@@ -49,33 +67,66 @@ def open_door(chain: Chain, check: Check, settings: Settings) -> Callable[[Reque
                 request.path_params["config_hash"] = ""
             if not ASSET.fullmatch(request.path_params.get("file_path", "")):
                 raise Refusal(404, "not_found", "Not Found")
+            record.endpoint = "page"
             yield
             return
-        validate("config_hash.configurable", options_type, shared)
-        endpoint = request.url.path.rsplit("/", 1)[-1]
-        deadline = time.monotonic() + settings.timeout_s
-        try:
-            with anyio.fail_after(settings.timeout_s):
-                raw = await read_json(request, settings.max_body)
-        except TimeoutError as error:
-            raise Refusal(408, "timeout", f"the body did not come within {settings.timeout_s:g} s") from error
-        body = validate("", BODIES[endpoint], raw)
-        wanted = calls(body, shared, max_batch=settings.max_batch)
-        for call in wanted:
-            validate(call.options_at, options_type, call.options)
-        for call in wanted:
-            await anyio.to_thread.run_sync(_admit, chain, check, call, limiter=tokenizing)
-        # What LangServe will read: with the options of a share link merged in (it would lose them), without the rest.
-        configs = [{"configurable": call.options} for call in wanted]
-        request._json = {**raw, "config": configs if isinstance(body, BatchBody) else configs[0], "kwargs": {}}
-        caller = Caller(id=request.state.request_id, deadline=deadline)
-        current_caller.set(caller)  # this request's task and its children see it
-        try:
+        record.endpoint = request.url.path.rsplit("/", 1)[-1]
+        await self._admission.knock(record.key)
+        timeout_s = self._limits.timeout_s
+        caller = Caller(
+            id=record.id,
+            owner=record.key,
+            deadline=time.monotonic() + timeout_s,
+            max_output_tokens=self._limits.max_output_tokens,
+            on_ended=partial(self._report, record),
+        )
+        # Generations end at the caller's deadline, and say so; this ends whatever else a chain may do.
+        request.state.work.deadline = anyio.current_time() + timeout_s + GRACE_S
+        body, wanted = await self._read(request, shared)
+        async with self._admission.place(caller, timeout_s=timeout_s + 2 * GRACE_S):
+            current_caller.set(caller)  # this request's task and its children see it
+            # What LangServe will read: with the options of a share link merged in (it would lose them), without the
+            # rest.
+            configs = [{"configurable": call.options} for call in wanted]
+            request._json = {**body, "config": configs if "inputs" in body else configs[0], "kwargs": {}}
             yield
-        finally:
-            caller.end()
 
-    return door
+    async def _read(self, request: Request, shared: Mapping[str, Any]) -> tuple[dict[str, Any], list[Call]]:
+        """Read the body, and hold everything in it against its types and limits."""
+        limits = self._limits
+        validate("config_hash.configurable", self._options_type, shared)
+        try:
+            with anyio.fail_after(limits.timeout_s):
+                raw = await read_json(request, limits.max_body)
+        except TimeoutError as error:
+            message = f"the body did not come within {limits.timeout_s:g} s (SERVE_TIMEOUT_S)"
+            raise Refusal(408, "timeout", message) from error
+        body = validate("", BODIES[record_of(request.scope).endpoint], raw)
+        wanted = calls(body, shared, max_batch=limits.max_batch)
+        for call in wanted:
+            validate(call.options_at, self._options_type, call.options)
+            _check_output(call, limits.max_output_tokens)
+        num_tokens = 0
+        for call in wanted:
+            num_tokens += await anyio.to_thread.run_sync(
+                _count, self._chain, self._check, call, limiter=self._tokenizing, abandon_on_cancel=True
+            )
+            if num_tokens > limits.max_input_tokens:
+                limit = f"at most {limits.max_input_tokens} prompt tokens in a request (SERVE_MAX_INPUT_TOKENS)"
+                raise Refusal(422, "input_too_long", f"{call.at}: {limit}, got {num_tokens}", field=call.at)
+        return raw, wanted
+
+    def _report(self, record: Record, report: Report) -> None:
+        record.add(report)
+        self._metrics.count_generation(report, record)
+
+
+def _check_output(call: Call, max_output_tokens: int) -> None:
+    max_tokens = call.options.get("max_tokens") or 0
+    if max_tokens > max_output_tokens:
+        field = f"{call.options_at}.max_tokens"
+        message = f"{field}: at most {max_output_tokens} (SERVE_MAX_OUTPUT_TOKENS), got {max_tokens}"
+        raise Refusal(422, "invalid_option", message, field=field)
 
 
 def _options_type(chain: Chain) -> type[BaseModel]:
@@ -84,12 +135,12 @@ def _options_type(chain: Chain) -> type[BaseModel]:
     return create_model(f"{chain.name}_options", __config__=ConfigDict(extra="forbid", strict=True), **fields)
 
 
-def _admit(chain: Chain, check: Check, call: Call) -> None:
-    """Hold an input against its type, and its prompt against the model's limits."""
+def _count(chain: Chain, check: Check, call: Call) -> int:
+    """Hold an input against its type, and its prompt against the model's limits; return the prompt's tokens."""
     value = validate(call.at, chain.input_type, call.input)
     fields = {name: getattr(value, name) for name in type(value).model_fields}
     try:
-        check(chain.messages(fields), **chain.options(call.options))
+        return check(chain.messages(fields), **chain.options(call.options))
     except InvalidOption as error:
         field = f"{call.options_at}.{error.field}"
         raise Refusal(422, "invalid_option", f"{field}: {error}", field=field) from error

@@ -6,9 +6,10 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from llm.engine import Engine, EngineHealth, EngineState
+from service.admission import Admission
 
 
-def health_router(engine: Engine) -> APIRouter:
+def health_router(engine: Engine, admission: Admission) -> APIRouter:
     """`/health` and `/ready`."""
     router = APIRouter(tags=["health"])
 
@@ -20,9 +21,13 @@ def health_router(engine: Engine) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> JSONResponse:
-        """200 when work can be sent here, else 503."""
+        """200 when work can be sent here, else 503: while the model loads, and when the service is to stop."""
         now = engine.health()
-        return JSONResponse(_report(now), 200 if now.state in (EngineState.READY, EngineState.DEGRADED) else 503)
+        is_ready = now.state in (EngineState.READY, EngineState.DEGRADED) and not admission.is_draining
+        report = _report(now)
+        if admission.is_draining:
+            report["status"] = "stopping"
+        return JSONResponse(report, 200 if is_ready else 503)
 
     return router
 

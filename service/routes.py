@@ -7,8 +7,7 @@ from langserve import add_routes
 from langserve.serialization import WellKnownLCSerializer
 
 from chains import Chain
-from service.door import Check, open_door
-from service.settings import Settings
+from service.door import Door
 
 
 class LineSafeSerializer(WellKnownLCSerializer):
@@ -24,14 +23,14 @@ class LineSafeSerializer(WellKnownLCSerializer):
         return content
 
 
-def host(app: FastAPI, chain: Chain, check: Check, settings: Settings) -> None:
+def host(app: FastAPI, chain: Chain, door: Door) -> None:
     """Add a chain's routes: invoke, batch, stream, stream_log, stream_events, schemas and playground."""
     router = APIRouter()  # given the application itself, LangServe would print a banner over our log
     add_routes(
         router,
         chain.runnable,
         path=f"/{chain.name}",
-        dependencies=[Depends(open_door(chain, check, settings))],
+        dependencies=[Depends(door)],
         disabled_endpoints=["token_feedback"],  # type: ignore[list-item]  # left out of LangServe's own annotation
         playground_type=chain.playground,
         serializer=LineSafeSerializer(),

@@ -3,12 +3,52 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from dotenv import dotenv_values
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, FilePath, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, NoDecode, SettingsConfigDict
+
+from service.access import host_pattern
+from service.limits import Limits, limit_of, parse_per_chain
+from service.quota import parse_rate
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _check_rate(rate: str) -> str:
+    parse_rate(rate)
+    return rate
+
+
+def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    for host in hosts:
+        host_pattern(host)
+    return hosts
+
+
+def _numbers(kind: type[float]) -> AfterValidator:
+    def check(value: str) -> str:
+        parse_per_chain(kind, value)
+        return value
+
+    return AfterValidator(check)
+
+
+PerChain = Annotated[str, BeforeValidator(str)]
+"""A number for all chains, and others for single ones: `600,chat=300`."""
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""In the environment and as a flag: separated by commas."""
+
+
+class SettingsError(Exception):
+    """Settings that do not fit what they are for. The message is one line."""
 
 
 class Settings(BaseSettings):
@@ -19,9 +59,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SERVE_", env_file=".env", extra="ignore", frozen=True)
 
-    host: Annotated[str, Field(description="Address to listen on. Whoever can reach it can use the service.")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[str, Field(description="Address to listen on. Other machines' need keys.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000
     root_path: Annotated[
         str, Field(pattern=r"^(/[\w.~-]+)*$", description="Path prefix that a proxy in front strips, like /llama.")
@@ -59,12 +97,70 @@ class Settings(BaseSettings):
             "if not set.",
         ),
     ] = None
-    max_queue: Annotated[int, Field(ge=1, description="Generations that may wait for the model.")] = 256
-    max_body: Annotated[int, Field(ge=1, description="Bytes of a request body.")] = 4 * 1024 * 1024
-    max_batch: Annotated[int, Field(ge=1, description="Inputs in one batch request.")] = 64
+    api_keys_file: Annotated[
+        Path | None,
+        Field(
+            description="Who may call: a file of keys, made by `serve.py keys add NAME`; read again when it changes."
+        ),
+    ] = None
+    api_keys: Annotated[SecretStr, Field(description="More keys, as name:key,name:key.")] = SecretStr("")
+    insecure: Annotated[
+        bool, Field(description="Serve beyond this machine without keys: whoever reaches the port may call.")
+    ] = False
+    allowed_hosts: Annotated[
+        Names,
+        AfterValidator(_check_hosts),
+        Field(description="Host names to answer to, *.example.com among them; without keys only loopback's."),
+    ] = ()
+    cors_origins: Annotated[
+        Names, Field(description="Origins of other sites whose pages may call, like https://app.example.com.")
+    ] = ()
+    trusted_proxies: Annotated[
+        str, Field(description="Addresses of proxies whose X-Forwarded-For and -Proto are believed.")
+    ] = "127.0.0.1,::1"
+    ssl_certfile: Annotated[FilePath | None, Field(description="Certificate (PEM) to serve HTTPS with.")] = None
+    ssl_keyfile: Annotated[FilePath | None, Field(description="Its private key, if not in the same file.")] = None
+    ssl_keyfile_password: Annotated[SecretStr | None, Field(description="What the private key is locked with.")] = None
+    rate_limit: Annotated[
+        str,
+        AfterValidator(_check_rate),
+        Field(description="Calls of one key, like 10/second or 5000/hour; empty for any number."),
+    ] = "6000/minute"
+    max_concurrent: Annotated[
+        int | None,
+        Field(
+            ge=1, description="Requests of one key at once; half of all, if not set, or all where there are no keys."
+        ),
+    ] = None
+    redis_url: Annotated[
+        str,
+        Field(
+            pattern=r"^(rediss?://.+)?$",
+            description="Redis that counts both for several processes together, like redis://host:6379/0.",
+        ),
+    ] = ""
+    max_queue: Annotated[
+        int, Field(ge=0, description="Requests that may wait, when as many run as the model has slots.")
+    ] = 64
+    max_body: Annotated[PerChain, _numbers(int), Field(description="Bytes of a request body, per chain.")] = "4194304"
+    max_batch: Annotated[PerChain, _numbers(int), Field(description="Inputs in one batch request, per chain.")] = "64"
+    max_input_tokens: Annotated[
+        PerChain, _numbers(int), Field(description="Prompt tokens of a request, all its inputs together, per chain.")
+    ] = "1000000"
+    max_output_tokens: Annotated[PerChain, _numbers(int), Field(description="New tokens of an answer, per chain.")] = (
+        "4096"
+    )
     timeout_s: Annotated[
-        float, Field(gt=0, allow_inf_nan=False, description="Seconds that a request may take, waiting included.")
-    ] = 600.0
+        PerChain, _numbers(float), Field(description="Seconds that a request may take, waiting included, per chain.")
+    ] = "3600,chat=300"
+    idle_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="Seconds after which a connection is cut: request half sent, answer not read.",
+        ),
+    ] = 30.0
     drain_timeout_s: Annotated[
         int, Field(ge=0, description="Seconds that running requests have to finish when the service is told to stop.")
     ] = 30
@@ -75,6 +171,58 @@ class Settings(BaseSettings):
         bool, Field(description="Let LangSmith trace, by its own environment variables. Sends texts to its server.")
     ] = False
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="How much to log.")] = "info"
+    log_format: Annotated[Literal["human", "json"], Field(description="Lines for people, or one JSON object each.")] = (
+        "human"
+    )
+    log_texts: Annotated[
+        bool, Field(description="Log what callers send and what they get. Off: no text of theirs.")
+    ] = False
+
+    @model_validator(mode="after")
+    def _check_exposure(self) -> Self:
+        if not (self.has_keys or self.insecure or is_loopback(self.host)):
+            raise ValueError(
+                f"SERVE_HOST (--host): {self.host} can be reached from other machines, and there are no keys: set "
+                "SERVE_API_KEYS_FILE (`serve.py keys add NAME` makes one) or SERVE_API_KEYS; or say --insecure"
+            )
+        return self
+
+    def limits(self, chain: str) -> Limits:
+        """What one request to a chain may ask for."""
+        return Limits(
+            max_body=limit_of(int, self.max_body, chain),
+            max_batch=limit_of(int, self.max_batch, chain),
+            max_input_tokens=limit_of(int, self.max_input_tokens, chain),
+            max_output_tokens=limit_of(int, self.max_output_tokens, chain),
+            timeout_s=limit_of(float, self.timeout_s, chain),
+        )
+
+    def check_chains(self, hosted: Sequence[str]) -> None:
+        """Raise `SettingsError` if a limit is set for a chain that is not hosted."""
+        for limit in (limit for limit in fields(Limits) if limit.name in self.model_fields_set):
+            for chain in parse_per_chain(float, getattr(self, limit.name))[1]:
+                if chain not in hosted:
+                    raise ValueError(
+                        f"SERVE_{limit.name.upper()}: there is no chain {chain!r}, but {', '.join(hosted)}"
+                    )
+
+    @property
+    def ssl_password(self) -> str | None:
+        """What the private key is locked with."""
+        return None if self.ssl_keyfile_password is None else self.ssl_keyfile_password.get_secret_value()
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers need a key."""
+        return self.api_keys_file is not None or bool(self.api_keys.get_secret_value())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is this machine's own alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:
@@ -96,9 +244,11 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         return Settings(_cli_settings_source=flags)
     except ValidationError as error:
         for problem in error.errors():
+            if not problem["loc"]:  # of several settings together; the message names them
+                print(f"serve.py: {problem['ctx']['error']}", file=sys.stderr)
+                continue
             name = "_".join(str(part) for part in problem["loc"]).replace("-", "_").lower()
             flag = "--" + name.replace("_", "-")
-            print(
-                f"serve.py: SERVE_{name.upper()} ({flag}): {problem['msg']}, got {problem['input']!r}", file=sys.stderr
-            )
-        sys.exit(2)
+            trouble = problem["msg"].removeprefix("Value error, ")
+            print(f"serve.py: SERVE_{name.upper()} ({flag}): {trouble}, got {problem['input']!r}", file=sys.stderr)
+    sys.exit(2)

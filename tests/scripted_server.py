@@ -31,4 +31,4 @@ def script(message: str) -> Iterator[str]:
 
 if __name__ == "__main__":
     settings = read_settings(sys.argv[1:])
-    sys.exit(run(settings, ScriptedEngine(script, max_slots=settings.max_slots or 16, max_queue=settings.max_queue)))
+    sys.exit(run(settings, ScriptedEngine(script, max_slots=settings.max_slots or 16)))

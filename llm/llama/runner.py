@@ -90,6 +90,11 @@ class LlamaRunner:
         """One chunk of a long prompt, or as much of short ones."""
         return PREFILL_CHUNK
 
+    @property
+    def memory_use(self) -> float:
+        """The part of all blocks that cannot be had."""
+        return (self._pool.num_blocks - self._pool.num_free) / self._pool.num_blocks
+
     def open(self, request: Request) -> LlamaSequence:
         """Begin a request."""
         return LlamaSequence(request)

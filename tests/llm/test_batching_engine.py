@@ -22,7 +22,6 @@ from llm.errors import (
     GenerationFailed,
     LLMError,
     OutOfDeviceMemory,
-    QueueFull,
 )
 from llm.generation import Chunk, FinishReason, Generation, Token
 from llm.job import Job
@@ -60,7 +59,7 @@ class FakeRunner:
     def __init__(self, *, slots: int = 4, memory: float = math.inf, step_s: float = 0) -> None:
         self.checkpoint = CHECKPOINT
         self.slots = slots
-        self.free = memory
+        self.memory = self.free = memory
         self.step_s = step_s
         self.acts: list[str] = []
         """What it was told, in order."""
@@ -89,6 +88,10 @@ class FakeRunner:
         """Asked for once between two steps."""
         self.budget = CHUNK
         return CHUNK
+
+    @property
+    def memory_use(self) -> float:
+        return 0.0 if math.isinf(self.memory) else 1 - self.free / self.memory
 
     def admit(self, sequence: FakeSequence) -> bool:
         assert sequence.room == 0
@@ -142,6 +145,7 @@ class FakeRunner:
     def reset(self) -> None:
         self._act("reset")
         self.num_admitted = 0
+        self.free = self.memory
 
     def close(self) -> None:
         self._act("close")
@@ -160,8 +164,8 @@ Start = Callable[[FakeRunner], Engine]
 def start() -> Iterator[Start]:
     engines: list[Engine] = []
 
-    def start(runner: FakeRunner, *, max_queue: int | None = None) -> Engine:
-        engine: Engine = BatchingEngine("fake", lambda: runner, max_queue=max_queue)
+    def start(runner: FakeRunner) -> Engine:
+        engine: Engine = BatchingEngine("fake", lambda: runner)
         engine.wait_until_ready(10)
         engines.append(engine)
         return engine
@@ -306,56 +310,6 @@ def test_callers_take_turns_and_come_first_within_each_as_they_came(start: Start
     assert admitted == ["admit a", "admit d", "admit e", "admit f", "admit b", "admit c"]
 
 
-def test_a_full_queue_refuses_and_does_not_count_who_ran_before(start: Callable[..., Engine]) -> None:
-    runner = FakeRunner(slots=2)
-    engine = start(runner, max_queue=1)
-    a, b = engine.generate(ask("a", max_tokens=900, caller="book")), None
-    next(a)
-    b = engine.generate(ask("b", max_tokens=900, caller="book"))
-    next(b)
-    chat = engine.generate(ask("c", max_tokens=900, caller="chat"))
-    next(chat)
-    assert load_of(engine) == (2, 1)
-    assert not engine.health().is_full
-
-    other = engine.generate(ask("d", caller="book"))
-    with pytest.raises(QueueFull, match="1 requests wait already"):
-        engine.generate(ask("e"))
-
-    for generation in (a, b, chat, other):
-        generation.cancel()
-
-
-def test_who_can_have_a_slot_at_once_does_not_count_as_waiting(start: Callable[..., Engine]) -> None:
-    runner = FakeRunner(slots=3)
-    engine = start(runner, max_queue=2)
-    engine.wait_until_ready()
-
-    with engine._changed:  # the engine's thread admits nobody yet
-        generations = [engine.generate(ask("a")) for _ in range(3 + 2)]
-        assert engine.health().is_full
-        with pytest.raises(QueueFull):
-            engine.generate(ask("b"))
-
-    assert [generation.whole().token_ids for generation in generations] == [answer(ord("a"), 4)] * 5
-
-
-def test_who_did_not_fit_and_left_keeps_nobody_out(start: Callable[..., Engine]) -> None:
-    runner = FakeRunner(memory=40, step_s=0.005)
-    engine = start(runner, max_queue=0)
-    running = engine.generate(ask("a", prompt=4, max_tokens=30))
-    next(running)
-    large = engine.generate(ask("l", prompt=38))
-    eventually(lambda: "refuse l" in runner.acts)
-    with pytest.raises(QueueFull):
-        engine.generate(ask("b"))
-
-    large.cancel()
-
-    assert engine.generate(ask("c")).whole().token_ids == answer(ord("c"), 4)
-    running.cancel()
-
-
 # Slots: a fan-out does not hold up somebody's chat.
 
 
@@ -370,7 +324,7 @@ def test_a_caller_without_a_slot_gets_one_of_the_caller_that_has_the_most(start:
     assert [generation.whole().token_ids for generation in book] == [answer(ord(name), 6) for name in "abcd"]
     assert chat[0].whole().token_ids == answer(ord("x"), 2)
     assert runner.steps[:4] == ["decode a b c", "decode a b x", "decode a b x", "decode a b c"], "c goes on before d"
-    assert engine.health().restarts == 0
+    assert (engine.health().preemptions, engine.health().restarts) == (1, 0)
 
 
 def test_a_caller_with_one_slot_keeps_it(start: Start) -> None:
@@ -412,7 +366,38 @@ def test_when_memory_runs_out_the_youngest_waits_and_then_goes_on_exactly_where_
     assert b.whole().token_ids == answer(ord("b"), 9)
     assert runner.acts.count("admit b") == 2, "it was paused once, and not tried before another had left"
     assert runner.acts.index("release a") < len(runner.acts) - runner.acts[::-1].index("admit b")
+    assert engine.health().preemptions == 1
     assert runner.free == 12
+
+
+def test_health_tells_what_part_of_the_memory_is_held(start: Start) -> None:
+    runner = FakeRunner(memory=40)
+    engine = start(runner)
+    seen: list[float] = []
+    for step in ("prefill a", "decode a b", "decode b"):
+        runner.on[step] = lambda: seen.append(engine.health().memory_use)
+
+    a, b = submit(engine, ask("a", prompt=5, max_tokens=2), ask("b", prompt=5, max_tokens=4))
+    a.whole()
+    b.whole()
+
+    assert seen == pytest.approx([10 / 40, 11 / 40, 6 / 40]), "as each of these steps began"
+    assert engine.health().memory_use == 0.0
+
+
+def test_after_the_loop_has_broken_and_after_the_end_nobody_holds_memory(start: Start) -> None:
+    runner = FakeRunner(memory=20)
+    engine = start(runner)
+    runner.on["full"] = raiser(RuntimeError("broken"))
+    runner.on["prefill b"] = raiser(EngineDead("over"))
+
+    with pytest.raises(EngineRestarted):
+        engine.generate(ask("a", max_tokens=30)).whole()
+    assert engine.health().memory_use == 0.0
+
+    with pytest.raises(EngineDead):
+        engine.generate(ask("b", prompt=3)).whole()
+    assert engine.health().memory_use == 0.0
 
 
 def test_who_waits_for_memory_is_of_the_caller_that_has_the_most(start: Start) -> None:
@@ -935,15 +920,16 @@ def test_two_thousand_requests_of_which_a_third_is_cancelled_leave_nothing_behin
     for thread in threads:
         thread.join(60)
     eventually(lambda: load_of(engine) == (0, 0))
+    eventually(lambda: engine.health().memory_use == 0.0)
 
     assert wrong == []
     assert sum(answered.acquire(blocking=False) for _ in range(3000)) == 2000
     assert (runner.num_admitted, runner.free) == (0, 180)
     assert engine._schedule._jobs == {}
     assert len(engine._schedule._waiting) == 0
-    assert engine._schedule.num_new == 0
     assert threading.active_count() == num_threads
     health = engine.health()
     assert (health.state, health.restarts) == (EngineState.READY, 0)
+    assert health.preemptions > 0
     assert any(act.startswith("full") for act in runner.acts)
     assert runner.num_resumed > 0

@@ -6,6 +6,7 @@ import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 
 from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine, ScriptedEngine
+from llm.caller import Caller, current_caller
 from llm.errors import ContextOverflow, EngineLoading, InvalidMessage, InvalidOption
 from llm.prompt import encode
 
@@ -175,6 +176,19 @@ def test_checking_a_call_raises_what_the_call_would_raise(
 def test_checking_a_call_counts_its_prompt(model: ChatLLaMA3, engine: ScriptedEngine) -> None:
     assert model.check(MESSAGES, max_tokens=5) == len(encode(engine.checkpoint.tokenizer, MESSAGES))
     assert engine.prompts == []
+
+
+def test_checking_a_call_and_making_it_go_by_the_callers_limit(model: ChatLLaMA3, engine: ScriptedEngine) -> None:
+    token = current_caller.set(Caller(max_output_tokens=3))
+    try:
+        assert model.check(MESSAGES, max_tokens=50) == len(encode(engine.checkpoint.tokenizer, MESSAGES))
+        answer = model.invoke(MESSAGES, max_tokens=50)
+    finally:
+        current_caller.reset(token)
+
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["output_tokens"] == 3
+    assert answer.response_metadata["finish_reason"] == "length"
 
 
 def test_an_image_is_refused(model: ChatLLaMA3) -> None:

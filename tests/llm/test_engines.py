@@ -10,19 +10,18 @@ from typing import Any
 import pytest
 
 from llm.engine import Engine, EngineState, Request
-from llm.errors import ContextOverflow, DeadlineExceeded, EngineDead, EngineLoading, InvalidOption, QueueFull
+from llm.errors import ContextOverflow, DeadlineExceeded, EngineDead, EngineLoading, InvalidOption, ShuttingDown
 from llm.generation import Chunk, FinishReason, Generation
 from llm.local_engine import LocalEngine
 from llm.sampling import Sampling
 from llm.scripted_engine import ScriptedEngine
 
 SLOTS = 4
-MAX_QUEUE = 4
 
 
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[Engine]:
-    engine = ScriptedEngine("abcdefgh" * 1000, token_delay_s=0.002, max_slots=SLOTS, max_queue=MAX_QUEUE)
+    engine = ScriptedEngine("abcdefgh" * 1000, token_delay_s=0.002, max_slots=SLOTS)
     engine.wait_until_ready(60)
     yield engine
     engine.close()
@@ -30,7 +29,7 @@ def scripted() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def local(tiny_llama3: Path) -> Iterator[Engine]:
-    engine = LocalEngine(str(tiny_llama3), max_slots=SLOTS, max_queue=MAX_QUEUE)
+    engine = LocalEngine(str(tiny_llama3), max_slots=SLOTS)
     engine.wait_until_ready(60)
     yield engine
     engine.close()
@@ -42,9 +41,19 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return chosen
 
 
-def ask(max_tokens: int | None = None, *, deadline: float | None = None, prompt: int = 10, **sampling: Any) -> Request:
+def ask(
+    max_tokens: int | None = None,
+    *,
+    deadline: float | None = None,
+    prompt: int = 10,
+    max_output_tokens: int | None = None,
+    **sampling: Any,
+) -> Request:
     return Request(
-        prompt=tuple(range(65, 65 + prompt)), sampling=Sampling(max_tokens=max_tokens, **sampling), deadline=deadline
+        prompt=tuple(range(65, 65 + prompt)),
+        sampling=Sampling(max_tokens=max_tokens, **sampling),
+        deadline=deadline,
+        max_output_tokens=max_output_tokens,
     )
 
 
@@ -82,6 +91,17 @@ def test_a_request_is_answered_with_its_usage(engine: Engine) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (10, 5)
 
 
+def test_the_least_of_all_limits_ends_an_answer(engine: Engine) -> None:
+    asked = [(None, 7), (9, 7), (5, 7), (5, None)]
+
+    answers = [whole(engine.generate(ask(most, max_output_tokens=limit))) for most, limit in asked]
+
+    assert [len(answer.token_ids) for answer in answers] == [7, 7, 5, 5]
+    assert {answer.finish_reason for answer in answers} == {FinishReason.LENGTH}
+    with pytest.raises(InvalidOption, match="max_output_tokens must be at least 1, got 0"):
+        engine.generate(ask(max_output_tokens=0))
+
+
 async def test_sync_and_async_readers_get_the_same(engine: Engine) -> None:
     request = ask(20, temperature=0)
 
@@ -104,7 +124,7 @@ def test_requests_are_generated_together(engine: Engine) -> None:
 
 
 def test_what_is_generated_does_not_depend_on_who_shares_the_batch(engine: Engine) -> None:
-    requests = [ask(10 + 3 * index, prompt=5 + 11 * index, temperature=0) for index in range(MAX_QUEUE)]
+    requests = [ask(10 + 3 * index, prompt=5 + 11 * index, temperature=0) for index in range(SLOTS)]
     alone = [whole(engine.generate(request)).token_ids for request in requests]
 
     generations = [engine.generate(request) for request in requests]
@@ -123,26 +143,13 @@ def test_prompts_are_counted(engine: Engine) -> None:
 
 
 def test_requests_are_served_in_order(engine: Engine) -> None:
-    generations = [engine.generate(ask(10)) for _ in range(MAX_QUEUE)]
+    generations = [engine.generate(ask(10)) for _ in range(SLOTS + 4)]
 
     for generation in generations:
         whole(generation)
 
     admitted = [generation.timings.admitted for generation in generations]
     assert admitted == sorted(admitted, key=lambda moment: moment or 0)
-
-
-def test_a_full_queue_refuses_with_the_numbers(engine: Engine) -> None:
-    running = fill(engine)
-    waiting = [engine.generate(ask(1)) for _ in range(MAX_QUEUE)]
-    assert engine.health().is_full
-
-    with pytest.raises(QueueFull, match=f"{MAX_QUEUE} requests wait already"):
-        engine.generate(ask(1))
-
-    for generation in [*running, *waiting]:
-        generation.cancel()
-    eventually(lambda: is_idle(engine))
 
 
 def test_a_waiting_request_leaves_the_queue_at_once_when_cancelled(engine: Engine) -> None:
@@ -167,6 +174,21 @@ def test_a_running_request_ends_within_a_step_when_cancelled(engine: Engine) -> 
 
     eventually(lambda: is_idle(engine), within_s=1)
     assert whole(engine.generate(ask(1))).finish_reason is not None
+
+
+def test_a_running_request_that_is_aborted_makes_room_for_one_that_waits(engine: Engine) -> None:
+    first, *others = fill(engine)
+    waiting = engine.generate(ask(1))
+
+    first.abort(ShuttingDown("now"))
+
+    assert whole(waiting).finish_reason is FinishReason.LENGTH
+    assert first.usage is not None
+    assert first.usage.prompt_tokens == 10
+    for generation in others:
+        generation.cancel()
+    eventually(lambda: is_idle(engine))
+    assert engine.health().memory_use == 0.0
 
 
 def test_a_deadline_ends_a_running_request(engine: Engine) -> None:
@@ -229,12 +251,7 @@ def test_callers_in_many_threads_all_get_their_answers(engine: Engine) -> None:
     answers: list[Chunk] = []
 
     def call() -> None:
-        while True:
-            try:
-                answers.append(whole(engine.generate(ask(3))))
-                return
-            except QueueFull:
-                time.sleep(0.01)
+        answers.append(whole(engine.generate(ask(3))))
 
     threads = [threading.Thread(target=call) for _ in range(20)]
     for thread in threads:

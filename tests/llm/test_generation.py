@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from llm.errors import DeadlineExceeded, GenerationFailed
+from llm.errors import DeadlineExceeded, GenerationFailed, ShuttingDown
 from llm.generation import Chunk, FinishReason, Generation, Usage, deliver
 
 
 def new_generation() -> Generation:
-    return Generation(on_cancel=lambda generation: None)
+    return Generation(on_cancel=lambda generation: None, prompt_tokens=3)
 
 
 def last(text: str = "") -> Chunk:
@@ -64,6 +64,49 @@ def test_cancelling_ends_a_waiting_reader_and_tells_the_engine_once() -> None:
     assert told == [generation]
 
 
+def test_who_is_aborted_reads_what_has_come_and_then_the_error_and_the_engine_is_told_once() -> None:
+    told: list[Generation] = []
+    generation = Generation(on_cancel=told.append)
+    generation.deliver(Chunk("a", (1,)))
+
+    generation.abort(ShuttingDown("now"))
+    generation.abort(GenerationFailed("late"))
+    generation.cancel()
+
+    assert next(generation).text == "a"
+    with pytest.raises(ShuttingDown, match="now"):
+        next(generation)
+    assert told == [generation]
+
+
+async def test_aborting_ends_a_waiting_async_reader() -> None:
+    generation = new_generation()
+    threading.Timer(0.05, generation.abort, [ShuttingDown("now")]).start()
+
+    with pytest.raises(ShuttingDown):
+        await generation.awhole()
+
+
+def test_what_became_of_it_is_told_though_nobody_reads_it() -> None:
+    finished, cancelled, failed, waiting = (new_generation() for _ in range(4))
+    for generation in (finished, cancelled, failed):
+        generation.deliver(Chunk("abc", (1, 2, 3)))
+        generation.deliver(Chunk("", (4,)))
+        assert not generation.is_ended
+    error = GenerationFailed("broken")
+
+    finished.deliver(Chunk("d", (5,), finish_reason=FinishReason.LENGTH, usage=Usage(3, 5, cached_tokens=2)))
+    cancelled.cancel()
+    failed.fail(error)
+
+    assert [(each.finish_reason, each.usage, each.error) for each in (finished, cancelled, failed, waiting)] == [
+        (FinishReason.LENGTH, Usage(3, 5, cached_tokens=2), None),
+        (FinishReason.CANCELLED, Usage(3, 4), None),
+        (None, Usage(3, 4), error),
+        (None, None, None),
+    ]
+
+
 def test_nothing_is_added_once_it_has_ended() -> None:
     generation = new_generation()
     generation.cancel()
@@ -71,6 +114,9 @@ def test_nothing_is_added_once_it_has_ended() -> None:
     generation.fail(GenerationFailed("late"))
 
     assert "".join(chunk.text for chunk in generation) == ""
+    assert (generation.finish_reason, generation.error) == (FinishReason.CANCELLED, None)
+    assert generation.usage == Usage(3, 0)
+    assert generation.timings.tokens == []
 
 
 async def test_a_cancelled_async_reader_can_be_followed_by_another() -> None:
@@ -100,13 +146,18 @@ def test_a_reader_whose_event_loop_is_gone_does_not_trouble_the_engine() -> None
 
 def test_timings_are_taken_in_order() -> None:
     generation = new_generation()
-    generation.deliver(Chunk("", (1,)))
-    generation.deliver(last())
     timings = generation.timings
+    assert (timings.first_token, timings.tokens) == (None, [])
 
-    assert timings.first_token is not None
+    generation.deliver(Chunk("", (1,)))
+    generation.deliver(Chunk("text that was held back"))
+    generation.deliver(last())
+
     assert timings.ended is not None
-    assert timings.queued <= timings.first_token <= timings.ended
+    assert timings.first_token is not None
+    assert len(timings.tokens) == 2
+    moments = [timings.queued, timings.first_token, *timings.tokens, timings.ended]
+    assert moments == sorted(moments)
 
 
 def past(seconds: float = 0.05) -> float:

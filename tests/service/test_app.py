@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from io import StringIO
 from typing import Annotated, Any
 
 import httpx
@@ -18,7 +19,7 @@ from chains import Chain
 from chains.options import with_options
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
 from llm.caller import current_caller
-from llm.errors import QueueFull
+from llm.errors import EngineRestarted
 from service.app import create_app
 from service.settings import Settings
 
@@ -50,12 +51,14 @@ def no_limit(messages: Sequence[BaseMessage], **options: Any) -> int:
 
 
 def app_of(*hosted: Chain, check: Callable[..., int] = no_limit, **settings: Any) -> FastAPI:
-    return create_app(Settings(**settings), chains=hosted, check=check, engine=ScriptedEngine())
+    engine = ScriptedEngine()
+    engine.wait_until_ready()
+    return create_app(Settings(**settings), chains=hosted, check=check, engine=engine)
 
 
 async def request(app: FastAPI, method: str, path: str, body: Any = None) -> httpx.Response:
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://llama") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         return await client.request(method, path, json=body)
 
 
@@ -123,17 +126,17 @@ async def test_the_door_shows_the_model_what_the_chain_would() -> None:
 
 async def test_whatever_the_model_refuses_at_the_door_is_a_status() -> None:
     def check(messages: Sequence[BaseMessage], **options: Any) -> int:
-        raise QueueFull(3)
+        raise EngineRestarted("the engine starts again")
 
     app = app_of(joke_chain(RunnableLambda(lambda _: "Ha!")), check=check)
     for endpoint in ("invoke", "stream", "stream_log", "stream_events"):
         refused = await request(app, "POST", f"/joke/{endpoint}", {"input": {"topic": "the sea"}})
         assert refused.status_code == 503
         assert refused.headers["retry-after"]
-        assert refused.json()["error"]["message"] == "3 requests wait already, which is the limit"
+        assert refused.json()["error"]["message"] == "the engine starts again"
 
 
-async def test_an_unforeseen_error_is_one_without_detail_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unforeseen_error_is_one_without_detail_and_in_the_log(service_log: StringIO) -> None:
     def fail(_: Any) -> str:
         raise RuntimeError("secret detail")
 
@@ -141,8 +144,9 @@ async def test_an_unforeseen_error_is_one_without_detail_and_in_the_log(caplog: 
     assert answer.status_code == 500
     assert answer.headers["connection"] == "close"
     assert "secret" not in answer.text
-    assert answer.json()["error"]["request_id"] in caplog.text
-    assert "secret detail" in caplog.text
+    request_id = answer.json()["error"]["request_id"]
+    assert f"The request failed [{request_id}]" in service_log.getvalue()
+    assert "secret detail" in service_log.getvalue()
 
 
 @pytest.mark.parametrize("name", ["plain", "Ärger & <b>Co</b>"])

@@ -1,12 +1,10 @@
-import json
-
 import pytest
 from fastapi.exceptions import RequestValidationError
 from langchain_core.exceptions import ContextOverflowError
 from starlette.exceptions import HTTPException
 
 from llm import errors
-from service.errors import Problem, Refusal, describe, error_event, is_error_event, location
+from service.errors import Problem, Refusal, describe, location
 
 EVERY_ERROR = [
     (errors.InvalidOption("top_p", "a number", 2), 422, "invalid_option"),
@@ -15,7 +13,7 @@ EVERY_ERROR = [
     (ContextOverflowError("too long for somebody else's model"), 422, "context_overflow"),
     (errors.EngineLoading("later"), 503, "loading"),
     (errors.EngineDead("dead"), 503, "engine_dead"),
-    (errors.QueueFull(3), 503, "queue_full"),
+    (errors.ShuttingDown("stopping"), 503, "shutting_down"),
     (errors.OutOfDeviceMemory("no room"), 503, "out_of_device_memory"),
     (errors.EngineRestarted("starts again"), 503, "engine_restarted"),
     (errors.DeadlineExceeded("late"), 504, "deadline_exceeded"),
@@ -41,7 +39,7 @@ def test_every_error_that_a_running_engine_raises_has_a_status_of_its_own() -> N
 @pytest.mark.parametrize(
     "error",
     [
-        errors.QueueFull(3),
+        errors.ShuttingDown("stopping"),
         errors.EngineLoading("later"),
         errors.OutOfDeviceMemory("no room"),
         errors.EngineRestarted("starts again"),
@@ -63,9 +61,11 @@ def test_an_unforeseen_error_shows_no_detail(error: Exception) -> None:
 
 
 def test_an_error_in_a_group_of_its_own_is_that_error() -> None:
-    group = ExceptionGroup("tasks", [ExceptionGroup("tasks", [errors.QueueFull(3)])])
-    assert describe(group).kind == "queue_full"
-    assert describe(ExceptionGroup("tasks", [errors.QueueFull(3), OSError("secret")])).kind == "internal_error"
+    group = ExceptionGroup("tasks", [ExceptionGroup("tasks", [errors.EngineLoading("later")])])
+    assert describe(group).kind == "loading"
+    assert (
+        describe(ExceptionGroup("tasks", [errors.EngineLoading("later"), OSError("secret")])).kind == "internal_error"
+    )
 
 
 def test_a_validation_error_of_the_framework_names_its_field() -> None:
@@ -92,20 +92,3 @@ def test_what_is_not_known_is_not_in_the_body() -> None:
     body = Problem(404, "not_found", "Not Found").body("id")
     assert body == {"error": {"type": "not_found", "message": "Not Found", "request_id": "id"}}
     assert Problem(422, "x", "y", "input").body("id")["error"]["field"] == "input"
-
-
-def test_an_error_event_holds_the_body_and_what_langserve_reads() -> None:
-    event = error_event(Problem(503, "queue_full", "full\r\n\u2028 of 'quotes\""), "id")
-    assert is_error_event({"type": "http.response.body", "body": event})
-    head, data, *rest = event.decode().split("\r\n")
-    assert (head, rest) == ("event: error", ["", ""])
-    assert data.isascii(), "no line end of Unicode's could cut it in two"
-    content = json.loads(data.removeprefix("data: "))
-    assert content["status_code"] == 503
-    assert content["message"] == content["error"]["message"] == "full\r\n\u2028 of 'quotes\""
-
-
-@pytest.mark.parametrize("body", [b"", b"event: end\r\n\r\n", b'event: data\r\ndata: "event: error\\r\\n"\r\n\r\n'])
-def test_other_events_are_no_errors(body: bytes) -> None:
-    assert not is_error_event({"type": "http.response.body", "body": body})
-    assert not is_error_event({"type": "http.response.start"})

@@ -18,7 +18,7 @@ def test_the_defaults_are_safe() -> None:
     assert settings.port == 8000
     assert settings.model == "embedded"
     assert not settings.langsmith
-    assert settings.max_body == 4 * 1024 * 1024
+    assert settings.limits("chat").max_body == 4 * 1024 * 1024
 
 
 def test_a_flag_comes_before_the_environment_and_that_before_dot_env(
@@ -28,7 +28,7 @@ def test_a_flag_comes_before_the_environment_and_that_before_dot_env(
     monkeypatch.setenv("SERVE_PORT", "4")
     monkeypatch.setenv("SERVE_MAX_QUEUE", "5")
     settings = read_settings(["--port", "6"])
-    assert (settings.port, settings.max_queue, settings.max_batch) == (6, 5, 3)
+    assert (settings.port, settings.max_queue, settings.limits("chat").max_batch) == (6, 5, 3)
 
 
 def test_a_switch_needs_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,9 +52,16 @@ def test_settings_cannot_be_changed_later() -> None:
         ("dtype", "int3", "'float16'"),
         ("device", "tpu", "match pattern"),
         ("max_context", "1", "greater than or equal to 16"),
-        ("max_body", "0", "greater than or equal to 1"),
-        ("timeout_s", "nan", "finite number"),
-        ("timeout_s", "0", "greater than 0"),
+        ("max_body", "0", "more than 0 and finite"),
+        ("timeout_s", "nan", "more than 0 and finite"),
+        ("timeout_s", "0", "more than 0 and finite"),
+        ("timeout_s", "chat=5", "one number for all chains, got 0"),
+        ("max_batch", "5,6", "one number for all chains, got 2"),
+        ("max_batch", "5,chat=many", "'chat=many' is none"),
+        ("rate_limit", "many", "couldn't parse"),
+        ("redis_url", "http://localhost", "match pattern"),
+        ("allowed_hosts", "a b", "is no host"),
+        ("ssl_certfile", "./nothing.pem", "not point to a file"),
         ("root_path", "llama", "match pattern"),
         ("root_path", "/llama/", "match pattern"),
         ("log_level", "loud", "'debug'"),

@@ -344,7 +344,9 @@ def test_the_openapi_schema_describes_every_endpoint(scripted_server: Server) ->
 
 
 def test_behind_a_proxy_that_strips_a_prefix_all_links_carry_it(tmp_path: Path) -> None:
-    with Server(tmp_path / "log", script="tests/scripted_server.py", root_path="/llama") as server:
+    with Server(
+        tmp_path / "log", script="tests/scripted_server.py", root_path="/llama", allowed_hosts="example.test"
+    ) as server:
         page = httpx.get(f"{server.url}/", headers={"host": "example.test"}).text
         playground = httpx.get(f"{server.url}/translate/playground/").text
         answer = httpx.post(f"{server.url}/translate/invoke", json={"input": {"text": "Hi", "target_language": "Thai"}})

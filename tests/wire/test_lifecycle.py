@@ -84,7 +84,7 @@ def test_a_port_that_is_taken_is_said_and_ends_the_process(scripted_server: Serv
 
 
 def test_an_address_that_is_not_this_machines_is_said_in_one_line() -> None:
-    result = serve("--host", "192.0.2.1", "--port", "0")
+    result = serve("--host", "192.0.2.1", "--port", "0", "--insecure")
 
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()

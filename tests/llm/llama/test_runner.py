@@ -16,6 +16,7 @@ from llm.checkpoint import Checkpoint, load_checkpoint
 from llm.engine import EngineState, Request
 from llm.errors import EngineDead, EngineRestarted, GenerationFailed, LLMError, OutOfDeviceMemory
 from llm.generation import Chunk, Generation
+from llm.llama.blocks import BLOCK
 from llm.llama.model import Llama
 from llm.llama.runner import PREFILL_CHUNK, LlamaRunner, LlamaSequence
 from llm.llama.weights import Weights, take_weights
@@ -60,7 +61,7 @@ class Small:
         self.num_blocks = num_blocks
         self.model = Llama(weights, num_blocks)
         self.runner = LlamaRunner(checkpoint, self.model, slots=slots)
-        self.engine: Engine = BatchingEngine("small", lambda: self.runner, max_queue=None)
+        self.engine: Engine = BatchingEngine("small", lambda: self.runner)
         self.engine.wait_until_ready(60)
 
     def ask(
@@ -81,6 +82,7 @@ class Small:
     def assert_idle(self) -> None:
         """Nobody runs, nobody waits, and all memory can be had."""
         eventually(lambda: (self.engine.health().running, self.engine.health().waiting) == (0, 0))
+        eventually(lambda: self.engine.health().memory_use == 0.0)
         assert self.runner._pool.num_free == self.num_blocks
         assert not self.runner._pool._tables
 
@@ -124,6 +126,21 @@ def counted(monkeypatch: pytest.MonkeyPatch, thing: object, name: str) -> list[t
 
     monkeypatch.setattr(thing, name, call)
     return calls
+
+
+# What memory is held.
+
+
+def test_health_tells_what_part_of_the_memory_is_held_and_leaves_out_what_is_kept_for_reuse(start: Start) -> None:
+    small = start(40)
+    running = small.ask(random_ids(10 * BLOCK), 10 * BLOCK)
+
+    next(running)
+    assert 0.25 <= small.engine.health().memory_use <= 0.5
+    running.cancel()
+
+    small.assert_idle()
+    assert small.runner._pool.num_cached_blocks >= 10
 
 
 # What somebody has computed already.

@@ -1,0 +1,196 @@
+"""Connections that nobody can hold for ever: uvicorn's HTTP protocol with an end to every wait for the peer.
+
+uvicorn by itself waits without end for the head of a request, and for a reader who does not read. It knows no paths and
+no chains: bodies have the door's deadline, and requests that are at work, silent or not, are let be.
+"""
+
+import json
+import logging
+import socket
+import sys
+import uuid
+from asyncio import TimerHandle, Transport
+from http import HTTPStatus
+from itertools import chain
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.errors import Problem
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD = 64 * 1024
+"""Bytes of a request's line and headers. httptools takes any number, and so does uvicorn."""
+
+LOOKS_PER_TIMEOUT = 4
+"""A connection is looked at this often, and so cut at most two looks late: no timer is set or cancelled per request."""
+
+LINGER_S = 1.0
+"""Closed at once, with bytes of the peer unread, TCP resets a connection, and what was answered last is lost."""
+
+DEAD_PEER_S = 60
+KEEP_ALIVE_IDLE_S, KEEP_ALIVE_INTERVAL_S, KEEP_ALIVE_PROBES = 60, 15, 4
+
+HEAD_TOO_LARGE = Problem(431, "head_too_large", f"the head of a request may have {MAX_HEAD} bytes at most")
+BAD_REQUEST = Problem(400, "bad_request", "this is not a valid HTTP request")
+
+
+def timed_protocol(idle_timeout_s: float) -> type[HttpToolsProtocol]:
+    """The protocol for `uvicorn.Config(http=…)`, that gives up on a peer that makes no progress for so long."""
+    return type("TimedProtocol", (Connection,), {"idle_timeout_s": idle_timeout_s})
+
+
+def keep_alive(listener: socket.socket, idle_timeout_s: float) -> None:
+    """Find out when a peer's machine has died, though nothing is sent to it. Accepted sockets inherit this on Linux.
+
+    Linux cuts readers that stall for `TCP_USER_TIMEOUT` too, so that is no shorter than the idle timeout.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEP_ALIVE_IDLE_S),
+        ("TCP_KEEPINTVL", KEEP_ALIVE_INTERVAL_S),
+        ("TCP_KEEPCNT", KEEP_ALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", int(max(DEAD_PEER_S, idle_timeout_s) * 1000)),
+    ):
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class HeadTooLarge(Exception):
+    """From within the parser: more than `MAX_HEAD`."""
+
+
+class Connection(HttpToolsProtocol):
+    """One connection. It is looked at now and then, from `connection_made` to `connection_lost`."""
+
+    idle_timeout_s: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ws_protocol_class = None  # no WebSockets here: they would leave this class, and its timeouts, behind
+        self._next_look: TimerHandle
+        self._head_since: float | None = None  # when the head now awaited began; None between requests and in bodies
+        self._num_loose = 0  # bytes since a head began or a piece of a body came: a head, CRLFs, trailers
+        self._unread: object = None  # what the peer had not taken when it last took some; None if it need not hurry
+        self._unread_since = 0.0
+        self._is_refused = False
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(MAX_HEAD)  # as it is without TLS, where asyncio takes eight times as much
+        self._head_since = self.loop.time()
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._next_look.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Uvicorn's, without its keep-alive timer's cancellation (see below), its log lines and its upgrades."""
+        if self._is_refused or self.transport.is_closing():
+            return
+        self._num_loose += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self.cycle.keep_alive = False  # answered as if it had not asked for one; the parser takes no more
+        except httptools.HttpParserError as error:  # with what a callback raised as its context
+            self._refuse(HEAD_TOO_LARGE if isinstance(error.__context__, HeadTooLarge) else BAD_REQUEST)
+        else:
+            if self._num_loose > MAX_HEAD:
+                self._refuse(HEAD_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._num_loose = 0
+        if self._head_since is None:
+            self._head_since = self.loop.time()
+
+    def on_headers_complete(self) -> None:
+        if len(self.url) + sum(map(len, chain.from_iterable(self.headers))) > MAX_HEAD:
+            raise HeadTooLarge
+        super().on_headers_complete()
+        self._head_since = None
+        self.headers = []  # what follows are trailers: they do not join the headers that others go by
+
+    def on_body(self, body: bytes) -> None:
+        self._num_loose = 0
+        super().on_body(body)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Where uvicorn cancels this at any byte, and so waits for ever after a stray one, it is asked if it holds."""
+        if self._head_since is None and not self._is_answering():
+            super().timeout_keep_alive_handler()
+
+    def resume_writing(self) -> None:
+        self._unread = None
+        super().resume_writing()
+
+    def _look(self) -> None:
+        self._next_look = self.loop.call_later(self.idle_timeout_s / LOOKS_PER_TIMEOUT, self._look)
+        now = self.loop.time()
+        if self.flow.write_paused or self.transport.is_closing():
+            # Nothing is added to what waits here now, so that any change means that the peer has taken some.
+            unread = (self.transport.get_write_buffer_size(), _in_kernel(self.transport))
+            if unread != self._unread:
+                self._unread, self._unread_since = unread, now
+            elif now - self._unread_since >= self.idle_timeout_s:
+                self._next_look.cancel()
+                log.info("Cut %s: it read nothing for %g s", self._peer(), self.idle_timeout_s)
+                self.transport.abort()
+        elif self._head_since is not None and now - self._head_since >= self.idle_timeout_s:
+            if self._is_answering():
+                return  # an answer goes before what follows it
+            if self.scope is None:
+                log.info("Cut %s: it sent nothing for %g s", self._peer(), self.idle_timeout_s)
+                self.transport.close()
+            else:
+                said = f"the head of the request did not come within {self.idle_timeout_s:g} s (SERVE_IDLE_TIMEOUT_S)"
+                self._refuse(Problem(408, "timeout", said))
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer what is no request to the application, and close. Amid another answer, only close."""
+        request_id = uuid.uuid4().hex
+        log.info("Request %s of %s refused: %s", request_id, self._peer(), problem.message)
+        self._is_refused, self._head_since = True, None
+        if self._is_answering():
+            self.transport.close()
+            return
+        body = json.dumps(problem.body(request_id)).encode()
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+            (b"x-content-type-options", b"nosniff"),
+            (b"x-request-id", request_id.encode()),
+        ]
+        status = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}".encode()
+        lines = [status, *(name + b": " + value for name, value in headers), b"", body]
+        self.transport.write(b"\r\n".join(lines))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _is_answering(self) -> bool:
+        # The latest request's: those before it are answered first.
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _peer(self) -> str:
+        return "{}:{}".format(*self.client) if self.client else "a client"
+
+
+def _in_kernel(transport: Transport) -> bytes:
+    """How much the system has taken over, and the peer not: its own send buffer may hold megabytes."""
+    if sys.platform == "win32":
+        return b""
+    try:
+        return fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except (OSError, ValueError):
+        return b""

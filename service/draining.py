@@ -1,0 +1,47 @@
+"""How the service stops: it lets nobody in any more, those inside finish, and then it is gone. Knows uvicorn."""
+
+import logging
+import os
+import signal
+from types import FrameType
+
+import uvicorn
+
+from service.admission import Admission
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5
+"""How long connections may take to be closed once nobody is served any more."""
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn's, but that at a signal it goes on listening until it is drained, so that `/ready` can say so.
+
+    A second signal stops it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, admission: Admission, *, drain_timeout_s: float) -> None:
+        config.timeout_graceful_shutdown = CLOSE_TIMEOUT_S
+        super().__init__(config)
+        self._admission = admission
+        self._drain_timeout_s = drain_timeout_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop, or do it at once."""
+        name = signal.Signals(sig).name
+        if self._admission.is_draining:
+            log.warning("%s again: stopping at once", name)
+            logging.shutdown()
+            os._exit(128 + sig)
+        log.info("%s: stopping when %d requests have finished", name, self._admission.num_inside)
+        self._admission.drain(self._drain_timeout_s)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether it is time to go."""
+        if self._admission.is_drained:
+            if num_late := self._admission.num_inside:
+                log.warning("%d requests had not finished after %g s: they are ended", num_late, self._drain_timeout_s)
+            self._admission.end_all()
+            self.should_exit = True
+        return await super().on_tick(counter)

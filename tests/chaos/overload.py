@@ -1,0 +1,197 @@
+"""More than the service can take: what those get who are let in, and how soon the others hear that they are not.
+
+`python -m tests.chaos.overload` starts the service with the embedded model, finds out its capacity with as many clients
+as it takes in at once, then lets them come by chance at that rate, and at four times that rate, and prints figures.
+
+The clients run in a process of their own and parse nothing: they share the cores with the service.
+"""
+
+import argparse
+import asyncio
+import gc
+import math
+import multiprocessing
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from tests.bench.mix import ASKS_PER_RUN, OPTIONS, mix
+from tests.chaos.client import Outcome, ask, request
+from tests.server import Server
+
+SLOTS, QUEUE = 16, 4
+TIMES = 4
+"""How much more than it can take."""
+
+WARM_UP = 0.15
+"""Share of a run before it counts."""
+
+RETRY_S = 0.05
+"""Pause of a client that was refused though there are no more clients than places: one of them is not free yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What became of the requests of a run."""
+
+    outcomes: Sequence[Outcome]
+    rate: float
+    """Whole answers per second."""
+    cpu_share: float
+    """Of one core, taken by the clients."""
+
+    @property
+    def ends(self) -> Counter[str]:
+        return Counter(outcome.label for outcome in self.outcomes)
+
+    @property
+    def first_tokens_s(self) -> list[float]:
+        """From asking to the first token, of those that were answered."""
+        return [
+            outcome.first_token_s - outcome.started_s
+            for outcome in self.outcomes
+            if outcome.is_answered and outcome.first_token_s is not None
+        ]
+
+    @property
+    def refusals(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.status in (429, 503)]
+
+    def __str__(self) -> str:
+        first = f"first token p50 {quantile(self.first_tokens_s, 0.5):.2f} s, p95 {quantile(self.first_tokens_s, 0.95):.2f} s"
+        said = f"{self.rate:.2f} answers/s, {first}; {dict(self.ends)}; clients {self.cpu_share:.0%} of a core"
+        if took := [1000 * outcome.took_s for outcome in self.refusals]:
+            said += f"; refusals p50 {quantile(took, 0.5):.0f} ms, p95 {quantile(took, 0.95):.0f} ms, max {max(took):.0f} ms"
+        return said
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that so many of them do not exceed; nan if there are none."""
+    return sorted(values)[math.ceil(share * len(values)) - 1] if values else math.nan
+
+
+def asks(run: int) -> list[bytes]:
+    """The requests of the benchmark's mix."""
+    options = {"configurable": OPTIONS}
+    return [
+        request(f"/{one.kind}/stream", {"input": one.input, "config": options}) for one in mix(ASKS_PER_RUN, run=run)
+    ]
+
+
+def closed_loop(port: int, messages: Sequence[bytes], *, clients: int, seconds: float) -> Figures:
+    """So many clients, each of which asks again as soon as it has its answer."""
+    return _in_a_process(_closed_loop, port, messages, clients, seconds)
+
+
+def open_loop(port: int, messages: Sequence[bytes], *, rate: float, seconds: float, seed: int = 0) -> Figures:
+    """Clients that come by chance, so many a second, whatever becomes of the others."""
+    return _in_a_process(_open_loop, port, messages, rate, seconds, seed)
+
+
+def _in_a_process(drive, *arguments) -> Figures:  # type: ignore[no-untyped-def]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_run, drive, *arguments).result()
+
+
+def _run(drive, *arguments) -> Figures:  # type: ignore[no-untyped-def]
+    gc.disable()
+    started_s, cpu_s = time.perf_counter(), time.process_time()
+    outcomes, seconds = asyncio.run(drive(*arguments))
+    cpu_share = (time.process_time() - cpu_s) / (time.perf_counter() - started_s)
+    opened_s = started_s + WARM_UP * seconds
+    ends = [outcome.ended_s for outcome in outcomes if outcome.is_answered]
+    in_time = [end for end in ends if opened_s <= end < started_s + seconds]
+    return Figures(outcomes, len(in_time) / (started_s + seconds - opened_s), cpu_share)
+
+
+async def _closed_loop(
+    port: int, messages: Sequence[bytes], clients: int, seconds: float
+) -> tuple[list[Outcome], float]:
+    until_s = time.perf_counter() + seconds
+    outcomes: list[Outcome] = []
+    left = iter(messages)
+
+    async def client() -> None:
+        while time.perf_counter() < until_s and (message := next(left, None)) is not None:
+            outcome = await ask(port, message)
+            outcomes.append(outcome)
+            if outcome.status == 503:
+                await asyncio.sleep(RETRY_S)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return outcomes, seconds
+
+
+async def _open_loop(
+    port: int, messages: Sequence[bytes], rate: float, seconds: float, seed: int
+) -> tuple[list[Outcome], float]:
+    chance = Random(seed)
+    due_s = started_s = time.perf_counter()
+    running: list[asyncio.Task[Outcome]] = []
+    for message in messages:
+        due_s += chance.expovariate(rate)
+        if due_s > started_s + seconds:
+            break
+        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+        running.append(asyncio.create_task(ask(port, message)))
+    return list(await asyncio.gather(*running)), seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Three runs of one service."""
+
+    capacity: Figures
+    at_capacity: Figures
+    beyond: Figures
+
+    @property
+    def first_token_ratio(self) -> float:
+        """Of the time that 95 % of the first tokens keep within, beyond capacity to at capacity."""
+        return quantile(self.beyond.first_tokens_s, 0.95) / quantile(self.at_capacity.first_tokens_s, 0.95)
+
+    @property
+    def rate_ratio(self) -> float:
+        return self.beyond.rate / self.capacity.rate
+
+    @property
+    def refusal_p95_s(self) -> float:
+        return quantile([outcome.took_s for outcome in self.beyond.refusals], 0.95)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"capacity, {SLOTS + QUEUE} clients: {self.capacity}",
+                f"1 x capacity, by chance: {self.at_capacity}",
+                f"{TIMES} x capacity, by chance: {self.beyond}",
+                f"ratio of first token p95: {self.first_token_ratio:.2f}; of answers per second: {self.rate_ratio:.2f}",
+            ]
+        )
+
+
+def measure(server: Server, *, seconds: float) -> Measured:
+    """Find out the capacity, and what happens at that rate and far beyond it."""
+    closed_loop(server.port, asks(0), clients=SLOTS, seconds=seconds / 4)  # warm-up
+    capacity = closed_loop(server.port, asks(1), clients=SLOTS + QUEUE, seconds=seconds)
+    at_capacity = open_loop(server.port, asks(2), rate=capacity.rate, seconds=seconds)
+    beyond = open_loop(server.port, asks(3), rate=TIMES * capacity.rate, seconds=seconds)
+    return Measured(capacity, at_capacity, beyond)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.overload", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60, help="length of each of the three runs")
+    seconds = parser.parse_args().seconds
+    with tempfile.TemporaryDirectory() as directory:
+        with Server(Path(directory) / "log", max_slots=str(SLOTS), max_queue=str(QUEUE)) as server:
+            print(measure(server, seconds=seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""An engine that breaks under load: callers hear what happened in one shape, and all is well again when it can be."""
+
+import asyncio
+import itertools
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.client import Outcome, ask, request
+from tests.chaos.watch import get, idle, until
+from tests.server import Server
+
+ENDPOINTS = ("invoke", "batch", "stream", "stream_log", "stream_events")
+SLOTS = 8
+STEADY = "All of this is said again, whatever becomes of the others. " * 8
+MAX_RESTARTS = 3
+
+
+def serving(log: Path) -> Server:
+    return Server(log, script="tests/chaos/fragile_server.py", max_slots=str(SLOTS), max_queue="100")
+
+
+@pytest.fixture(scope="module")
+def fragile_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("fragile-server") / "log") as server:
+        yield server
+
+
+def say(endpoint: str, *texts: str) -> bytes:
+    inputs = [{"text": text, "target_language": "German"} for text in texts]
+    return request(f"/translate/{endpoint}", {"inputs": inputs} if endpoint == "batch" else {"input": inputs[0]})
+
+
+@asynccontextmanager
+async def others(server: Server, count: int) -> AsyncIterator[list[asyncio.Task[Outcome]]]:
+    """Streams of others, all under way."""
+    streams = [asyncio.create_task(ask(server.port, say("stream", STEADY))) for _ in range(count)]
+    try:
+        await until(server, within_s=10, running=min(count, SLOTS), waiting=max(0, count - SLOTS))
+        yield streams
+    finally:
+        await asyncio.wait(streams)
+
+
+def assert_told(outcome: Outcome, kind: str, status: int) -> None:
+    """Its caller heard this, in the one shape, and nothing of what is nobody's business."""
+    assert outcome.kind == kind
+    assert set(outcome.problem) == {"type", "message", "request_id"}
+    assert outcome.problem["request_id"] == outcome.headers["x-request-id"]
+    assert b"secret" not in outcome.raw
+    assert b"Traceback" not in outcome.raw
+    assert outcome.status == (200 if outcome.is_stream else status)
+    if not outcome.is_stream and status == 503 and kind != "engine_dead":
+        assert int(outcome.headers["retry-after"]) >= 1
+    if outcome.is_stream:
+        assert not outcome.is_whole, "what broke must not look whole"
+
+
+async def state(server: Server) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((await get(server, "/health")).body)
+    return report
+
+
+async def assert_all_is_well(server: Server) -> None:
+    await idle(server)
+    answers = await asyncio.gather(*(ask(server.port, say(endpoint, "Hi!", "Ho!")) for endpoint in ENDPOINTS))
+    assert [answer.label for answer in answers] == ["whole"] * len(ENDPOINTS)
+    report = await state(server)
+    assert report["status"] == "ok"
+    assert report["engine"]["state"] == "ready"
+    assert "error" not in report["engine"]
+    assert (await get(server, "/ready")).status == 200
+    assert (await get(server, "/metrics")).status == 200
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize("word", ["FAIL-FIRST", "FAIL-BETWEEN"])
+async def test_a_request_that_fails_concerns_nobody_else(fragile_server: Server, word: str, endpoint: str) -> None:
+    failing = f"{word}, and this one has more to say than that."
+    async with others(fragile_server, SLOTS - 3) as streams:
+        broken = await ask(fragile_server.port, say(endpoint, "Hi!", failing, STEADY) if endpoint == "batch" else say(endpoint, failing))
+        assert_told(broken, "generation_failed", 500)
+        whole = await asyncio.gather(*streams)
+    assert [stream.label for stream in whole] == ["whole"] * len(streams)
+    await assert_all_is_well(fragile_server)
+
+
+async def test_a_step_that_fails_ends_those_in_it_and_whoever_waits_is_served(fragile_server: Server) -> None:
+    async with others(fragile_server, SLOTS - 1) as streams:
+        broken = asyncio.create_task(ask(fragile_server.port, say("invoke", "BREAK-STEP, please, all of you")))
+        await until(fragile_server, within_s=5, running=SLOTS)
+        waiting = [asyncio.create_task(ask(fragile_server.port, say(endpoint, "Hi!"))) for endpoint in ENDPOINTS]
+        assert_told(await broken, "generation_failed", 500)
+        for stream in await asyncio.gather(*streams):
+            assert_told(stream, "generation_failed", 500)
+        assert {outcome.label for outcome in await asyncio.gather(*waiting)} == {"whole"}
+    await assert_all_is_well(fragile_server)
+
+
+async def test_a_loop_that_fails_ends_all_and_starts_again(fragile_server: Server) -> None:
+    async with others(fragile_server, SLOTS - 1) as streams:
+        broken = asyncio.create_task(ask(fragile_server.port, say("invoke", "BREAK-LOOP, please, all of it")))
+        assert_told(await broken, "engine_restarted", 503)
+        for stream in await asyncio.gather(*streams):
+            assert_told(stream, "engine_restarted", 503)
+    report = await state(fragile_server)
+    assert report["engine"]["state"] == "degraded"
+    assert "starts again" in report["engine"]["error"]
+    assert (await get(fragile_server, "/ready")).status == 200
+    await assert_all_is_well(fragile_server)
+
+
+async def test_a_loop_that_fails_now_and_then_under_load_goes_on(fragile_server: Server) -> None:
+    """More often than it may without having served anybody in between."""
+    kinds: Counter[str | None] = Counter()
+    is_over = asyncio.Event()
+
+    async def client(number: int) -> None:
+        for turn in itertools.count():
+            endpoint = ENDPOINTS[(number + turn) % len(ENDPOINTS)]
+            outcome = await ask(fragile_server.port, say(endpoint, f"Number {number}, turn {turn}"))
+            kinds[outcome.kind] += 1
+            if outcome.kind is None:
+                assert outcome.is_answered
+            else:
+                assert_told(outcome, "engine_restarted", 503)
+            if is_over.is_set():
+                return
+
+    async with asyncio.TaskGroup() as clients:
+        for number in range(2 * SLOTS):
+            clients.create_task(client(number))
+        for _ in range(MAX_RESTARTS + 2):
+            assert_told(await ask(fragile_server.port, say("stream", "BREAK-LOOP, once more")), "engine_restarted", 503)
+            assert (await ask(fragile_server.port, say("invoke", "Hi!"))).is_answered
+        is_over.set()
+
+    assert kinds[None] > MAX_RESTARTS
+    assert kinds["engine_restarted"] > MAX_RESTARTS
+    await assert_all_is_well(fragile_server)
+
+
+async def test_an_engine_that_dies_under_load_tells_all_and_the_service_stays_to_say_so(tmp_path: Path) -> None:
+    with serving(tmp_path / "log") as server:
+        async with others(server, SLOTS + 4) as streams:
+            deadly = asyncio.create_task(ask(server.port, say("invoke", "DIE, please")))
+            for outcome in [await deadly, *await asyncio.gather(*streams)]:
+                if outcome.label != "whole":
+                    assert_told(outcome, "engine_dead", 503)
+            assert deadly.result().kind == "engine_dead"
+        late = await asyncio.gather(*(ask(server.port, say(endpoint, "Hi!")) for endpoint in ENDPOINTS))
+        for outcome in late:
+            assert outcome.status == 503
+            assert_told(outcome, "engine_dead", 503)
+        report = await state(server)
+        assert report["status"] == "error"
+        assert report["engine"]["state"] == "dead"
+        assert (report["engine"]["running"], report["engine"]["waiting"]) == (0, 0)
+        assert (await get(server, "/ready")).status == 503
+        assert (await get(server, "/metrics")).status == 200
+        assert (await get(server, "/")).status == 200
+        assert server.stop() == 0

@@ -1,0 +1,68 @@
+"""Four times what the service can take: whoever is let in is served as before, and the others hear at once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.client import request
+from tests.chaos.overload import QUEUE, SLOTS, TIMES, Figures, closed_loop, measure, open_loop
+from tests.chaos.watch import idle
+from tests.server import Server
+
+REFUSALS = {"503 queue_full", "429 rate_limited", "429 too_many_at_once"}
+
+
+@pytest.fixture(scope="module")
+def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Four slots and two places to wait in."""
+    log = tmp_path_factory.mktemp("small-server") / "log"
+    with Server(log, script="tests/chaos/fragile_server.py", max_slots="4", max_queue="2") as server:
+        yield server
+    assert "Traceback" not in log.read_text()
+
+
+def assert_served_or_told_to_come_back(figures: Figures) -> None:
+    assert "whole" in figures.ends
+    assert set(figures.ends) - {"whole"} <= REFUSALS
+    for refusal in figures.refusals:
+        assert refusal.is_whole
+        assert int(refusal.headers["retry-after"]) >= 1
+        assert set(refusal.problem) == {"type", "message", "request_id"}
+        assert refusal.problem["request_id"] == refusal.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("endpoint", ["invoke", "stream", "stream_events"])
+async def test_whoever_is_let_in_ends_whole_and_the_others_are_told_when_to_come_back(
+    small_server: Server, endpoint: str
+) -> None:
+    messages = [
+        request(f"/translate/{endpoint}", {"input": {"text": f"Number {number}: {'x' * 60}", "target_language": "German"}})
+        for number in range(1000)
+    ]
+    capacity = closed_loop(small_server.port, messages, clients=6, seconds=1.5)
+    assert_served_or_told_to_come_back(capacity)
+
+    beyond = open_loop(small_server.port, messages, rate=TIMES * capacity.rate, seconds=2)
+
+    assert_served_or_told_to_come_back(beyond)
+    assert beyond.refusals
+    await idle(small_server)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_at_four_times_capacity_those_inside_notice_little_and_refusals_are_quick(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Server(tmp_path / "log", max_slots=str(SLOTS), max_queue=str(QUEUE)) as server:
+        measured = measure(server, seconds=60)
+
+    with capsys.disabled():
+        print(f"\n{measured}")
+    for figures in (measured.capacity, measured.at_capacity, measured.beyond):
+        assert_served_or_told_to_come_back(figures)
+    assert measured.first_token_ratio <= 2
+    assert measured.refusal_p95_s <= 0.1
+    assert measured.rate_ratio >= 0.95
+    assert "Traceback" not in server.log.read_text()
