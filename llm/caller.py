@@ -48,15 +48,15 @@ class Caller:
             owner: Whose prompts may share computed prefixes: the name of an API key; "" for everybody without one.
             deadline: `time.monotonic()` seconds after which everything that it submitted ends.
             max_output_tokens: Tokens of each answer at most, whatever is asked for.
-            on_ended: Told once of each generation, some time after it has ended: at the latest in `end`. It is called
-                in whatever thread submits or ends, in two at once maybe.
+            on_ended: Told once of each generation, some time after it has ended: before `end` returns, or if it is
+                adopted later than that, at once. In whatever thread submits or ends, but never in two at a time.
         """
         self.id = id or uuid.uuid4().hex
         self.owner = owner
         self.deadline = deadline
         self.max_output_tokens = max_output_tokens
         self._on_ended = on_ended
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # held while reports are made: when `end` returns, there are none on their way
         self._generations: list[Generation] = []  # not yet reported
         self._is_ended = False
         self._error: LLMError | None = None
@@ -69,7 +69,7 @@ class Caller:
             for each in (*self._generations, generation):
                 (ended if each.is_ended or self._is_ended else running).append(each)
             self._generations = running
-        self._finish(ended)
+            self._finish(ended)
 
     def end(self, error: LLMError | None = None) -> None:
         """End whatever still runs or waits, and what is yet to be adopted: cancel it, or abort it with an error.
@@ -80,7 +80,7 @@ class Caller:
             if not self._is_ended:
                 self._is_ended, self._error = True, error
             generations, self._generations = self._generations, []
-        self._finish(generations)
+            self._finish(generations)
 
     def _finish(self, generations: Sequence[Generation]) -> None:
         for generation in generations:

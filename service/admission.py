@@ -96,6 +96,10 @@ class Admission:
         finally:
             self._callers.discard(caller)
 
+    async def close(self) -> None:
+        """Let go of what the quota holds."""
+        await self._quota.close()
+
     def drain(self, timeout_s: float) -> None:
         """Let nobody in any more; those inside may take so long to finish."""
         self._drained_at = time.monotonic() + timeout_s
@@ -127,5 +131,5 @@ class Admission:
         """When those who wait now will likely have been served, going by those who left lately."""
         now = time.monotonic()
         lately = [left for left in self._left if now - left < MAX_RETRY_AFTER_S]
-        each_s = (now - lately[0]) / len(lately) if lately else 1.0
+        each_s = (now - lately[0]) / len(lately) if len(lately) > 1 else 1.0
         return {"Retry-After": str(min(MAX_RETRY_AFTER_S, max(1, math.ceil(each_s * self._max_queue))))}

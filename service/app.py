@@ -68,6 +68,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await anyio.to_thread.run_sync(engine.close)
+        await admission.close()
 
     app = FastAPIOffline(  # FastAPI's own /docs loads its scripts from a content delivery network
         title="LangChain chains on a local Llama 3",

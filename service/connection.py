@@ -108,7 +108,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._num_loose = 0
+        self._num_loose = 0  # what is read along with a head's first byte may not be its own, and is not counted
         if self._head_since is None:
             self._head_since = self.loop.time()
 

@@ -174,7 +174,7 @@ def is_entry(line: str) -> bool:
 
 def is_of(line: str, name: str) -> bool:
     """Whether a line has a name's key, be the rest of it right or wrong."""
-    return is_entry(line) and line.partition(":")[0].strip() == name
+    return line.partition(":")[0].strip() == name
 
 
 def manage(arguments: Sequence[str], file: Path | None) -> int:

@@ -99,7 +99,7 @@ def _told(record: Record) -> dict[str, Any]:
         "request_text": record.request_text,
         "answer_text": record.answer_text,
     }
-    return {name: value for name, value in told.items() if value or name == "status"}
+    return {name: value for name, value in told.items() if value or isinstance(value, float) or name == "status"}
 
 
 def _sentence(record: Record) -> str:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import Counter
-from typing import Any, Protocol
+from typing import Protocol
 
 from limits import RateLimitItem, parse
 from limits.aio.storage import MemoryStorage, RedisStorage, Storage
@@ -56,6 +56,10 @@ class Quota(Protocol):
         """Give the place back."""
         ...
 
+    async def close(self) -> None:
+        """Close connections."""
+        ...
+
 
 class Rate:
     """Calls per time, by the library `limits`."""
@@ -93,6 +97,9 @@ class LocalQuota:
         if not self._num_inside[key]:
             del self._num_inside[key]
 
+    async def close(self) -> None:
+        pass
+
 
 class SharedQuota:
     """Counts in Redis, together with all processes that use the same one."""
@@ -104,9 +111,17 @@ class SharedQuota:
             rate: Calls per time.
             url: `redis://host:6379/0` or `rediss://…`.
         """
-        timeouts: dict[str, Any] = {"socket_timeout": REDIS_TIMEOUT_S, "socket_connect_timeout": REDIS_TIMEOUT_S}
-        self._rate = Rate(rate, RedisStorage(f"async+{url}", implementation="redispy", key_prefix=PREFIX, **timeouts))
-        self._redis = redis.Redis.from_url(url, **timeouts)
+        self._pool = redis.ConnectionPool.from_url(
+            url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S
+        )
+        storage = RedisStorage(
+            f"async+{url}",
+            implementation="redispy",
+            key_prefix=PREFIX,
+            connection_pool=self._pool,  # type: ignore[arg-type]  # as its documentation has it
+        )
+        self._rate = Rate(rate, storage)
+        self._redis = redis.Redis(connection_pool=self._pool)
         self._enter = self._redis.register_script(ENTER)
         self._local = LocalQuota(rate)
         self._entered: set[str] = set()  # requests that are counted in Redis
@@ -117,7 +132,7 @@ class SharedQuota:
             try:
                 return await self._rate.hit(key)
             except (RedisError, OSError, TimeoutError) as error:
-                self._fail(error)
+                await self._fail(error)
         return await self._local.hit(key)
 
     async def enter(self, key: str, request_id: str, *, limit: int, timeout_s: float) -> bool:
@@ -126,7 +141,7 @@ class SharedQuota:
                 arguments = (request_id, limit, math.ceil(timeout_s))
                 is_in = bool(await self._enter(keys=(self._place(key),), args=arguments))
             except (RedisError, OSError, TimeoutError) as error:
-                self._fail(error)
+                await self._fail(error)
             else:
                 self._entered.update([request_id] if is_in else [])
                 return is_in
@@ -141,7 +156,10 @@ class SharedQuota:
             try:
                 await self._redis.zrem(self._place(key), request_id)
             except (RedisError, OSError, TimeoutError) as error:
-                self._fail(error)
+                await self._fail(error)
+
+    async def close(self) -> None:
+        await self._pool.disconnect()
 
     def _place(self, key: str) -> str:
         return f"{PREFIX}:inside:{key}"
@@ -149,9 +167,10 @@ class SharedQuota:
     def _is_reachable(self) -> bool:
         return time.monotonic() >= self._silent_until
 
-    def _fail(self, error: Exception) -> None:
+    async def _fail(self, error: Exception) -> None:
         self._silent_until = time.monotonic() + REDIS_PAUSE_S
         log.warning("Redis cannot be reached, so this process counts for itself: %s", type(error).__name__)
+        await self.close()  # what is connected to a Redis that has gone would fail once more each when it is back
 
 
 def open_quota(rate: str, redis_url: str) -> Quota:

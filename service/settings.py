@@ -202,7 +202,7 @@ class Settings(BaseSettings):
         for limit in (limit for limit in fields(Limits) if limit.name in self.model_fields_set):
             for chain in parse_per_chain(float, getattr(self, limit.name))[1]:
                 if chain not in hosted:
-                    raise ValueError(
+                    raise SettingsError(
                         f"SERVE_{limit.name.upper()}: there is no chain {chain!r}, but {', '.join(hosted)}"
                     )
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -33,11 +34,13 @@ class Server:
         arguments: Sequence[str] = (),
         directory: Path = ROOT,
         awaited: str = "/ready",
+        certificate: Path | None = None,
         **settings: str,
     ) -> None:
         self.log = log
         self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'http' if certificate is None else 'https'}://127.0.0.1:{self.port}"
+        self.trust = ssl.create_default_context(cafile=certificate)
         self.arguments = arguments
         self._command = [*command] or [sys.executable, str(ROOT / script)]
         self._directory = directory
@@ -96,7 +99,7 @@ class Server:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()}")
             try:
-                if httpx.get(f"{self.url}{self._awaited}").status_code == 200:
+                if httpx.get(f"{self.url}{self._awaited}", verify=self.trust).status_code == 200:
                     return
             except httpx.TransportError:
                 pass

@@ -220,9 +220,7 @@ async def ask(
     )
 
 
-async def _ask_and_leave(
-    writer: asyncio.StreamWriter, seen: _Reader, message: bytes, departure: Departure
-) -> bool:
+async def _ask_and_leave(writer: asyncio.StreamWriter, seen: _Reader, message: bytes, departure: Departure) -> bool:
     """Do so; false if the answer was there before."""
     if departure.moment is Moment.SENDING:
         writer.write(message[: max(1, int(departure.share * (len(message) - 1)))])

@@ -69,7 +69,9 @@ def short_answer(endpoint: str, number: int) -> bytes:
     """A question to the embedded model."""
     asked = {"messages": [["user", question(number)]]}
     options = {"config": {"configurable": {"max_tokens": 16}}}
-    return request(f"/chat/{endpoint}", {**options, **({"inputs": [asked] * 3} if endpoint == "batch" else {"input": asked})})
+    return request(
+        f"/chat/{endpoint}", {**options, **({"inputs": [asked] * 3} if endpoint == "batch" else {"input": asked})}
+    )
 
 
 def long_echo() -> bytes:
@@ -88,7 +90,10 @@ async def send(server: Server, crowd: Crowd, make: Make, *, seed: int, within_s:
     endpoints = crowd.endpoints
     chance.shuffle(endpoints)
     asks = [
-        (make(endpoint, seed * 10_000 + number), Departure.drawn(chance, within_s=within_s) if chance.random() < LEAVING else None)
+        (
+            make(endpoint, seed * 10_000 + number),
+            Departure.drawn(chance, within_s=within_s) if chance.random() < LEAVING else None,
+        )
         for number, endpoint in enumerate(endpoints)
     ]
     places = asyncio.Semaphore(crowd.at_once)
@@ -100,7 +105,15 @@ async def send(server: Server, crowd: Crowd, make: Make, *, seed: int, within_s:
     return await asyncio.gather(*(one(message, departure) for message, departure in asks))
 
 
-async def assert_nothing_is_left(server: Server, crowd: Crowd, make: Make, long: bytes, *, within_s: float, show: pytest.CaptureFixture[str] | None = None) -> None:
+async def assert_nothing_is_left(
+    server: Server,
+    crowd: Crowd,
+    make: Make,
+    long: bytes,
+    *,
+    within_s: float,
+    show: pytest.CaptureFixture[str] | None = None,
+) -> None:
     warm_up = dataclasses.replace(crowd, streams=crowd.streams // 2, invokes=crowd.invokes // 2)
     await send(server, warm_up, make, seed=1, within_s=within_s)
     await idle(server, within_s=10)
@@ -136,9 +149,7 @@ async def test_of_fifteen_hundred_who_come_and_forty_percent_who_leave_nothing_i
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-async def test_nothing_is_left_in_the_embedded_model_either(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_nothing_is_left_in_the_embedded_model_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Server(tmp_path / "log", **PLENTY) as server:
         await assert_nothing_is_left(server, MANY, short_answer, long_answer(), within_s=2, show=capsys)
     assert "Traceback" not in server.log.read_text()
@@ -173,7 +184,9 @@ async def test_who_leaves_the_queue_frees_a_place(steady_server: Server, manner:
 
 async def test_who_sends_a_second_request_along_and_leaves_frees_its_slot(steady_server: Server) -> None:
     """A server that reads ahead no further than the second request does not see the end of the connection."""
-    long = request("/translate/invoke", {"input": {"text": "x" * 3000, "target_language": "German"}}, Connection="keep-alive")
+    long = request(
+        "/translate/invoke", {"input": {"text": "x" * 3000, "target_language": "German"}}, Connection="keep-alive"
+    )
     departure = Departure(Moment.ASKED, Manner.FIN, after_s=0.5)
 
     outcome = await ask(steady_server.port, long + long, departure=departure)

@@ -83,7 +83,10 @@ async def assert_all_is_well(server: Server) -> None:
 async def test_a_request_that_fails_concerns_nobody_else(fragile_server: Server, word: str, endpoint: str) -> None:
     failing = f"{word}, and this one has more to say than that."
     async with others(fragile_server, SLOTS - 3) as streams:
-        broken = await ask(fragile_server.port, say(endpoint, "Hi!", failing, STEADY) if endpoint == "batch" else say(endpoint, failing))
+        broken = await ask(
+            fragile_server.port,
+            say(endpoint, "Hi!", failing, STEADY) if endpoint == "batch" else say(endpoint, failing),
+        )
         assert_told(broken, "generation_failed", 500)
         whole = await asyncio.gather(*streams)
     assert [stream.label for stream in whole] == ["whole"] * len(streams)

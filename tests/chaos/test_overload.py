@@ -37,7 +37,9 @@ async def test_whoever_is_let_in_ends_whole_and_the_others_are_told_when_to_come
     small_server: Server, endpoint: str
 ) -> None:
     messages = [
-        request(f"/translate/{endpoint}", {"input": {"text": f"Number {number}: {'x' * 60}", "target_language": "German"}})
+        request(
+            f"/translate/{endpoint}", {"input": {"text": f"Number {number}: {'x' * 60}", "target_language": "German"}}
+        )
         for number in range(1000)
     ]
     capacity = closed_loop(small_server.port, messages, clients=6, seconds=1.5)

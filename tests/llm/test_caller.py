@@ -188,6 +188,28 @@ def test_each_generation_is_reported_once_whoever_submits_and_ends_at_the_same_t
     assert len(reports) == len(generations)
 
 
+def test_when_a_caller_has_ended_no_report_is_still_on_its_way() -> None:
+    reports: list[Report] = []
+    is_reporting, may_go_on = threading.Event(), threading.Event()
+
+    def take(report: Report) -> None:
+        is_reporting.set()
+        may_go_on.wait(10)
+        reports.append(report)
+
+    caller, ended = Caller(on_ended=take), new_generation()
+    finish(ended)
+    submitter = threading.Thread(target=caller.adopt, args=[ended])
+    submitter.start()
+    is_reporting.wait(10)
+    threading.Timer(0.1, may_go_on.set).start()
+
+    caller.end()
+
+    assert len(reports) == 1
+    submitter.join(10)
+
+
 def test_an_engine_s_answers_are_reported_with_what_they_took(
     caller: Caller, engine: ScriptedEngine, reports: list[Report]
 ) -> None:

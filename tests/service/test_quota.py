@@ -1,0 +1,143 @@
+"""Rates and places, counted here and in a real Redis."""
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from service.quota import LocalQuota, Quota, SharedQuota, open_quota, parse_rate
+
+REDIS = shutil.which("redis-server")
+
+
+class RedisServer:
+    def __init__(self, directory: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        assert REDIS is not None
+        command = [REDIS, "--port", str(self.port), "--save", "", "--bind", "127.0.0.1", "--dir", str(self._directory)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                with redis.Redis.from_url(self.url) as client:
+                    client.ping()
+            except redis.ConnectionError:
+                time.sleep(0.05)
+            else:
+                return
+        raise TimeoutError("redis-server does not answer")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    if REDIS is None:
+        pytest.skip("redis-server is not installed")
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["here", "in Redis"])
+async def quota(request: pytest.FixtureRequest) -> AsyncIterator[Quota]:
+    is_shared = request.param == "in Redis"
+    quota = open_quota("3/hour", request.getfixturevalue("redis_server").url if is_shared else "")
+    assert isinstance(quota, SharedQuota if is_shared else LocalQuota)
+    yield quota
+    await quota.close()
+
+
+async def enter(quota: Quota, key: str, request_id: str, limit: int = 2) -> bool:
+    return await quota.enter(key, request_id, limit=limit, timeout_s=60)
+
+
+async def test_calls_beyond_the_rate_are_told_how_long_to_wait(quota: Quota) -> None:
+    assert [await quota.hit("ada") for _ in range(3)] == [None] * 3
+    wait_s = await quota.hit("ada")
+    assert wait_s is not None
+    assert 1 <= wait_s <= 3600
+    assert await quota.hit("bob") is None
+
+
+async def test_a_key_has_so_many_places_and_gets_them_back(quota: Quota) -> None:
+    assert await enter(quota, "ada", "1")
+    assert await enter(quota, "ada", "2")
+    assert not await enter(quota, "ada", "3")
+    assert await enter(quota, "bob", "4")
+    await quota.leave("ada", "1")
+    assert await enter(quota, "ada", "5")
+    assert not await enter(quota, "ada", "6")
+
+
+async def test_no_rate_is_any_number() -> None:
+    quota = open_quota("", "")
+    assert [await quota.hit("ada") for _ in range(1000)] == [None] * 1000
+
+
+@pytest.mark.parametrize("rate", ["often", "0.5/fortnight", "-1/minute"])
+def test_what_is_no_rate_is_refused(rate: str) -> None:
+    with pytest.raises(ValueError, match=r"couldn't parse|rate"):
+        open_quota(rate, "")
+
+
+async def test_processes_that_share_a_redis_count_together(redis_server: RedisServer) -> None:
+    one, two = (SharedQuota(parse_rate("3/hour"), redis_server.url) for _ in range(2))
+    assert [await each.hit("ada") for each in (one, two, one)] == [None] * 3
+    assert await two.hit("ada") is not None
+    assert await enter(one, "ada", "1")
+    assert await enter(two, "ada", "2")
+    assert not await enter(one, "ada", "3")
+    await one.leave("ada", "1")
+    assert await enter(two, "ada", "4")
+    await one.close()
+    await two.close()
+
+
+async def test_the_places_of_a_process_that_died_are_free_in_time(redis_server: RedisServer) -> None:
+    dead, alive = (SharedQuota(None, redis_server.url) for _ in range(2))
+    assert await dead.enter("ada", "1", limit=1, timeout_s=1)
+    assert not await alive.enter("ada", "2", limit=1, timeout_s=60)
+    await asyncio.sleep(2.1)  # Redis counts whole seconds here
+    assert await alive.enter("ada", "2", limit=1, timeout_s=60)
+    await dead.close()
+    await alive.close()
+
+
+async def test_without_redis_each_process_counts_for_itself(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.quota.REDIS_PAUSE_S", 0.2)
+    quota = SharedQuota(parse_rate("1000/minute"), redis_server.url)
+    assert await enter(quota, "ada", "1", limit=1)
+    redis_server.stop()
+    assert await quota.hit("ada") is None
+    assert await enter(quota, "ada", "2", limit=1), "here nobody of that key is inside"
+    assert not await enter(quota, "ada", "3", limit=1)
+    await quota.leave("ada", "2")
+    await quota.leave("ada", "1")
+    assert "Redis cannot be reached" in caplog.text
+    redis_server.start()
+    await asyncio.sleep(0.3)
+    assert await enter(quota, "ada", "4", limit=1)
+    with redis.Redis.from_url(redis_server.url) as client:
+        assert client.zcard("llama3-langserve:inside:ada") == 1
+    await quota.close()
