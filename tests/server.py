@@ -80,13 +80,13 @@ class Server:
             self.process.kill()
             raise
 
-    def chain(self, name: str) -> RemoteRunnable[Any, Any]:
+    def chain(self, name: str, **headers: str) -> RemoteRunnable[Any, Any]:
         """A hosted chain, through LangServe's client.
 
         It keeps no connections: it would close them when it is collected, which may be after a test's event loop.
         """
         limits = httpx.Limits(max_keepalive_connections=0)
-        return RemoteRunnable(f"{self.url}/{name}", timeout=100, client_kwargs={"limits": limits})
+        return RemoteRunnable(f"{self.url}/{name}", timeout=100, headers=headers, client_kwargs={"limits": limits})
 
     def health(self) -> dict[str, object]:
         """What `/health` says of the engine."""

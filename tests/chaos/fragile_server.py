@@ -4,7 +4,7 @@ It says the last message again, a byte in a step. Where the message holds one of
 
 FAIL-FIRST     the request fails before its first token
 FAIL-BETWEEN   the request fails after half of the message
-BREAK-STEP     the step in which its tenth token would be made fails, for all that are in it
+BREAK-STEP     the step in which its 150th token would be made fails, for all that are in it
 BREAK-LOOP     the engine's loop fails before that step, and starts again
 DIE            the engine ends for good
 """
@@ -29,7 +29,8 @@ SEND_BUFFER = int(os.environ.get("FRAGILE_SEND_BUFFER", "0"))
 """Bytes that the system takes over for a connection; 0: as it likes."""
 
 CONTEXT = 20_000
-DUE = 10
+DUE = 150
+"""Tokens."""
 
 
 def script(message: str) -> Iterator[str]:

@@ -17,7 +17,11 @@ from tests.server import Server
 
 ENDPOINTS = ("invoke", "batch", "stream", "stream_log", "stream_events")
 SLOTS = 8
-STEADY = "All of this is said again, whatever becomes of the others. " * 8
+STEADY = "All of this is said again, whatever becomes of the others. " * 4
+LONGER = STEADY * 4
+BREAK_STEP, BREAK_LOOP = (
+    f"{word}, please, when all of them are at work. {'x' * 200}" for word in ("BREAK-STEP", "BREAK-LOOP")
+)
 MAX_RESTARTS = 3
 
 
@@ -37,9 +41,9 @@ def say(endpoint: str, *texts: str) -> bytes:
 
 
 @asynccontextmanager
-async def others(server: Server, count: int) -> AsyncIterator[list[asyncio.Task[Outcome]]]:
+async def others(server: Server, count: int, text: str = STEADY) -> AsyncIterator[list[asyncio.Task[Outcome]]]:
     """Streams of others, all under way."""
-    streams = [asyncio.create_task(ask(server.port, say("stream", STEADY))) for _ in range(count)]
+    streams = [asyncio.create_task(ask(server.port, say("stream", text))) for _ in range(count)]
     try:
         await until(server, within_s=10, running=min(count, SLOTS), waiting=max(0, count - SLOTS))
         yield streams
@@ -94,8 +98,8 @@ async def test_a_request_that_fails_concerns_nobody_else(fragile_server: Server,
 
 
 async def test_a_step_that_fails_ends_those_in_it_and_whoever_waits_is_served(fragile_server: Server) -> None:
-    async with others(fragile_server, SLOTS - 1) as streams:
-        broken = asyncio.create_task(ask(fragile_server.port, say("invoke", "BREAK-STEP, please, all of you")))
+    async with others(fragile_server, SLOTS - 1, LONGER) as streams:
+        broken = asyncio.create_task(ask(fragile_server.port, say("invoke", BREAK_STEP)))
         await until(fragile_server, within_s=5, running=SLOTS)
         waiting = [asyncio.create_task(ask(fragile_server.port, say(endpoint, "Hi!"))) for endpoint in ENDPOINTS]
         assert_told(await broken, "generation_failed", 500)
@@ -106,8 +110,8 @@ async def test_a_step_that_fails_ends_those_in_it_and_whoever_waits_is_served(fr
 
 
 async def test_a_loop_that_fails_ends_all_and_starts_again(fragile_server: Server) -> None:
-    async with others(fragile_server, SLOTS - 1) as streams:
-        broken = asyncio.create_task(ask(fragile_server.port, say("invoke", "BREAK-LOOP, please, all of it")))
+    async with others(fragile_server, SLOTS - 1, LONGER) as streams:
+        broken = asyncio.create_task(ask(fragile_server.port, say("invoke", BREAK_LOOP)))
         assert_told(await broken, "engine_restarted", 503)
         for stream in await asyncio.gather(*streams):
             assert_told(stream, "engine_restarted", 503)
@@ -139,7 +143,7 @@ async def test_a_loop_that_fails_now_and_then_under_load_goes_on(fragile_server:
         for number in range(2 * SLOTS):
             clients.create_task(client(number))
         for _ in range(MAX_RESTARTS + 2):
-            assert_told(await ask(fragile_server.port, say("stream", "BREAK-LOOP, once more")), "engine_restarted", 503)
+            assert_told(await ask(fragile_server.port, say("stream", BREAK_LOOP)), "engine_restarted", 503)
             assert (await ask(fragile_server.port, say("invoke", "Hi!"))).is_answered
         is_over.set()
 
@@ -150,7 +154,7 @@ async def test_a_loop_that_fails_now_and_then_under_load_goes_on(fragile_server:
 
 async def test_an_engine_that_dies_under_load_tells_all_and_the_service_stays_to_say_so(tmp_path: Path) -> None:
     with serving(tmp_path / "log") as server:
-        async with others(server, SLOTS + 4) as streams:
+        async with others(server, SLOTS + 4, LONGER) as streams:
             deadly = asyncio.create_task(ask(server.port, say("invoke", "DIE, please")))
             for outcome in [await deadly, *await asyncio.gather(*streams)]:
                 if outcome.label != "whole":
