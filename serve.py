@@ -17,7 +17,8 @@ from llm.errors import LLMError
 from service.app import create_app
 from service.connection import keep_alive, timed_protocol
 from service.draining import DrainingServer
-from service.keys import KeysError, manage
+from service.keys import KeysError
+from service.keys_command import manage
 from service.logs import start_logging
 from service.settings import Settings, SettingsError, read_settings
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import socket
+import threading
 from types import FrameType
 
 import uvicorn
@@ -45,3 +47,10 @@ class DrainingServer(uvicorn.Server):
             self._admission.end_all()
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close everything. A thread in which a chain hangs is not waited for, as Python would."""
+        await super().shutdown(sockets)
+        last = threading.Timer(CLOSE_TIMEOUT_S, os._exit, (0,))
+        last.daemon = True
+        last.start()

@@ -63,11 +63,15 @@ class Figures:
         return [outcome for outcome in self.outcomes if outcome.status in (429, 503)]
 
     def __str__(self) -> str:
-        first = f"first token p50 {quantile(self.first_tokens_s, 0.5):.2f} s, p95 {quantile(self.first_tokens_s, 0.95):.2f} s"
-        said = f"{self.rate:.2f} answers/s, {first}; {dict(self.ends)}; clients {self.cpu_share:.0%} of a core"
-        if took := [1000 * outcome.took_s for outcome in self.refusals]:
-            said += f"; refusals p50 {quantile(took, 0.5):.0f} ms, p95 {quantile(took, 0.95):.0f} ms, max {max(took):.0f} ms"
-        return said
+        said = f"{self.rate:.2f} answers/s; first token {_spread(self.first_tokens_s)}"
+        if self.refusals:
+            said += f"; refusals {_spread([outcome.took_s for outcome in self.refusals])}"
+        return f"{said}; {dict(self.ends)}; clients {self.cpu_share:.0%} of a core"
+
+
+def _spread(values_s: Sequence[float]) -> str:
+    median, most, longest = (1000 * quantile(values_s, share) for share in (0.5, 0.95, 1))
+    return f"p50 {median:.0f} ms, p95 {most:.0f} ms, max {longest:.0f} ms"
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -188,9 +192,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.overload", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60, help="length of each of the three runs")
     seconds = parser.parse_args().seconds
-    with tempfile.TemporaryDirectory() as directory:
-        with Server(Path(directory) / "log", max_slots=str(SLOTS), max_queue=str(QUEUE)) as server:
-            print(measure(server, seconds=seconds))
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Server(Path(directory) / "log", max_slots=str(SLOTS), max_queue=str(QUEUE)) as server,
+    ):
+        print(measure(server, seconds=seconds))
 
 
 if __name__ == "__main__":

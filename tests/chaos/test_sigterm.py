@@ -1,8 +1,9 @@
-"""The service is told to stop while it is at work: nobody comes in any more, those inside finish, and then it is gone."""
+"""The service is told to stop while it is at work: nobody comes in, those inside finish, and then it is gone."""
 
 import asyncio
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ ENDPOINTS = ("invoke", "batch", "stream", "stream_log", "stream_events")
 STREAMS = ("stream", "stream_log", "stream_events")
 
 
-def serving(log: Path, **settings: str) -> Server:
+def serving(log: Path, **settings: Any) -> Server:
     return Server(log, script="tests/chaos/fragile_server.py", max_slots=str(SLOTS), **settings)
 
 
@@ -96,8 +97,9 @@ async def test_a_second_signal_stops_it_at_once(tmp_path: Path, second: signal.S
     with serving(tmp_path / "log", drain_timeout_s="60") as server:
         inside = await under_way(server, [say("stream", 6000)] * 4)
         server.process.send_signal(signal.SIGTERM)
-        while (await get(server, "/ready")).status != 503:
-            await asyncio.sleep(0.02)
+        async with asyncio.timeout(10):
+            while (await get(server, "/ready")).status != 503:  # noqa: ASYNC110  # it is another process
+                await asyncio.sleep(0.02)
 
         server.process.send_signal(second)
 

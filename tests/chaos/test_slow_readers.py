@@ -5,7 +5,6 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -51,7 +50,7 @@ async def stalled(server: Server, *, pause_s: float | None) -> AsyncIterator[lis
 
     async def read(connection: socket.socket, pause_s: float) -> None:
         with contextlib.suppress(OSError):
-            while await loop.sock_recv(connection, 1):
+            while await loop.sock_recv(connection, 1):  # noqa: ASYNC110
                 await asyncio.sleep(pause_s)
 
     with contextlib.ExitStack() as stack:

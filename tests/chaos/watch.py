@@ -76,3 +76,12 @@ async def assert_all_slots_are_free(server: Server, long: bytes, slots: int) -> 
             stream.cancel()
         await asyncio.wait(streams)
     await idle(server)
+
+
+def assert_refused(status: int, request_id: str, body: Any) -> None:
+    """It is a refusal in the one shape, and the service's own trouble only where it says which."""
+    assert status < 500 or (status == 503 and body["error"]["type"] in ("queue_full", "loading"))
+    assert set(body) == {"error"}
+    assert set(body["error"]) - {"field"} == {"type", "message", "request_id"}
+    assert body["error"]["request_id"] == request_id
+    assert "Traceback" not in json.dumps(body)
