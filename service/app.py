@@ -84,7 +84,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
     add_index(app, chains, engine)
     for chain in chains:
         host(app, chain, Door(chain, check, settings.limits(chain.name), admission, metrics))
-    describe_api(app)
+    describe_api(app, has_keys=not keys.is_open)
     return app
 
 

@@ -33,7 +33,7 @@ ASSET = re.compile(r"([\w/-]{1,100}\.\w{1,10})?", re.ASCII)
 """Files of a playground. LangServe asks the file system for whatever it is given, which raises at a directory, a null
 byte, and a name that is too long."""
 
-GRACE_S = 5.0
+GRACE_S = 2.0
 """How long after its deadline a request may take to say so."""
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from service.access import FOR_EVERYBODY
+
 ERROR = {
     "title": "Error",
     "description": "Why a request was not served.",
@@ -24,27 +26,54 @@ ERROR = {
 }
 
 
-def describe_api(app: FastAPI) -> None:
-    """Have the application describe itself as it is: its own errors, and no arguments that it would refuse."""
+KEY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "The key, as `Authorization: Bearer KEY`."},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The key."},
+    "basic": {"type": "http", "scheme": "basic", "description": "The key as the password, with any user name."},
+}
+"""The ways to give a key, any one of them."""
+
+REFUSALS = {
+    "400": "The body cannot be read.",
+    "401": "There is no key, or it is not valid.",
+    "413": "The body is too large.",
+    "429": "This key has called too often, or has too many requests at once.",
+    "500": "Something went wrong.",
+    "503": "The queue is full, the model is loading, or the service is stopping.",
+    "504": "The request was not finished in time.",
+}
+
+
+def describe_api(app: FastAPI, *, has_keys: bool) -> None:
+    """Have the application describe itself as it is: its keys and errors, and no arguments that it would refuse."""
     describe_as_before = app.openapi
 
     def describe() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _mended(describe_as_before())
+            app.openapi_schema = _mended(describe_as_before(), has_keys=has_keys)
         return app.openapi_schema
 
     app.openapi = describe  # type: ignore[method-assign]
 
 
-def _mended(description: dict[str, Any]) -> dict[str, Any]:
+def _mended(description: dict[str, Any], *, has_keys: bool) -> dict[str, Any]:
     schemas = description["components"]["schemas"]
     schemas["HTTPValidationError"] = ERROR
     schemas.pop("ValidationError", None)
     for name, schema in schemas.items():
         if name.endswith("Request"):
             schema["properties"].pop("kwargs", None)
-    for operations in description["paths"].values():
-        for operation in operations.values():
+    if has_keys:
+        description["components"]["securitySchemes"] = KEY_SCHEMES
+        description["security"] = [{name: []} for name in KEY_SCHEMES]
+    for path, operations in description["paths"].items():
+        if path in FOR_EVERYBODY:
+            operations["get"]["security"] = []
+        for method, operation in operations.items():
+            if method == "post":
+                for status, what in REFUSALS.items():
+                    content = {"application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}}
+                    operation["responses"].setdefault(status, {"description": what, "content": content})
             parameters = operation.get("parameters", [])
             # Of the functions that LangServe documents, those without a hash in their path have the argument, too.
             operation["parameters"] = [

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from service.settings import Settings
 from tests.server import ROOT, Server
@@ -65,7 +66,7 @@ def settings_table() -> str:
     rows = ["| environment | flag | default | |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
-        default = "" if field.default in (None, "") else f"`{field.default}`"
+        default = "" if field.default in (None, "", (), SecretStr("")) else f"`{field.default}`"
         rows.append(f"| `SERVE_{name.upper()}` | `{flag}` | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
 

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from chains import build_chains
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
@@ -38,3 +39,17 @@ def test_errors_are_described_as_they_are_sent(description: dict[str, Any]) -> N
     assert responses["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/HTTPValidationError")
     described = description["components"]["schemas"]["HTTPValidationError"]["properties"]["error"]
     assert described["required"] == ["type", "message", "request_id"]
+
+
+def test_where_there_are_keys_it_says_how_to_give_one(description: dict[str, Any]) -> None:
+    engine = ScriptedEngine()
+    engine.wait_until_ready(30)
+    model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
+    settings = Settings(api_keys=SecretStr("ada:0123456789abcdef"))
+    keyed = create_app(settings, chains=build_chains(model), check=model.check, engine=engine).openapi()
+    engine.close()
+
+    assert keyed["security"] == [{"bearer": []}, {"header": []}, {"basic": []}]
+    assert set(keyed["components"]["securitySchemes"]) == {"bearer", "header", "basic"}
+    assert keyed["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in description
