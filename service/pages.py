@@ -1,12 +1,16 @@
-"""The page for people: what is hosted here, and how to try it. It loads nothing from elsewhere."""
+"""The pages for people: what is hosted here and how to try it, and the API's documentation. They load nothing from
+elsewhere, and there is no script in them: `headers.py` lets none run."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from string import Template
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
+from starlette.staticfiles import StaticFiles
 
 from chains import Chain
 from llm.engine import Engine, EngineState
@@ -18,16 +22,7 @@ PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Chains on a local Llama 3</title>
 $refresh<link rel="icon" href="$root/favicon.ico">
-<style>
-:root { color-scheme: light dark; font-family: system-ui, sans-serif; line-height: 1.5; }
-body { max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }
-h2 { margin: 2.5rem 0 0; }
-p { margin: .4rem 0; }
-nav a { margin-right: 1rem; }
-nav a.playground { font-weight: 600; }
-pre { margin: .6rem 0; padding: .75rem; border: 1px solid #8886; border-radius: .4rem; background: #8881; }
-pre code { white-space: pre-wrap; overflow-wrap: anywhere; }
-</style>
+<link rel="stylesheet" href="$root/static/index.css">
 </head>
 <body>
 <h1>Chains on a local Llama 3</h1>
@@ -47,12 +42,28 @@ CHAIN = Template("""<h2>$name</h2>
 <pre><code>$curl</code></pre>
 """)
 
+DOCS = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title: API</title>
+<link rel="icon" href="$root/favicon.ico">
+<link rel="stylesheet" href="$root/static-offline-docs/swagger-ui.css">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<script src="$root/static-offline-docs/swagger-ui-bundle.js"></script>
+<script src="$root/static/docs.js" data-openapi="$root/openapi.json"></script>
+</body>
+</html>
+""")
 
 ICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><text y="13" font-size="13">🦙</text></svg>'
 
 
-def add_index(app: FastAPI, chains: Sequence[Chain], engine: Engine) -> None:
-    """Add `/`, and the icon that browsers ask for on every page without one of its own."""
+def add_pages(app: FastAPI, chains: Sequence[Chain], engine: Engine) -> None:
+    """Add `/` and `/docs`, and the icon that browsers ask for on every page without one of its own."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/favicon.ico")
@@ -61,28 +72,43 @@ def add_index(app: FastAPI, chains: Sequence[Chain], engine: Engine) -> None:
 
     @router.get("/", response_class=HTMLResponse)
     def index(request: Request) -> str:
-        root = request.scope.get("root_path", "").rstrip("/")
         health = engine.health()
         return PAGE.substitute(
             refresh='<meta http-equiv="refresh" content="2">\n' if health.state is EngineState.LOADING else "",
             model=escape(health.model),
             state=escape(f"{health.state}, {health.error}" if health.error else health.state),
-            root=escape(root),
+            root=root_of(request),
             chains="".join(
                 CHAIN.substitute(
                     name=escape(chain.name),
                     description=escape(chain.description),
-                    root=escape(root),
-                    curl=escape(curl(chain, str(request.base_url).rstrip("/"))),
+                    root=root_of(request),
+                    curl=escape(curl(chain, str(request.base_url).rstrip("/"), asks_key=bool(request.state.key))),
                 )
                 for chain in chains
             ),
         )
 
+    @router.get("/docs", response_class=HTMLResponse)
+    def docs(request: Request) -> str:
+        return DOCS.substitute(title=escape(app.title), root=root_of(request))
+
     app.include_router(router)
+    app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")))
 
 
-def curl(chain: Chain, base_url: str) -> str:
+def root_of(request: Request) -> str:
+    """What the addresses of a page begin with, in HTML: the prefix that a proxy in front strips."""
+    return escape(request.scope.get("root_path", "").rstrip("/"))
+
+
+def curl(chain: Chain, base_url: str, *, asks_key: bool) -> str:
     """A command line that tries a chain."""
     body = json.dumps({"input": chain.example}, ensure_ascii=False).replace("'", "\\u0027")
-    return f"curl {base_url}/{chain.name}/invoke -H 'Content-Type: application/json' \\\n  -d '{body}'"
+    key = ' -H "X-API-Key: $KEY"' if asks_key else ""
+    url = shlex.quote(f"{base_url}/{chain.name}/invoke")  # whatever the request called this host
+    return f"curl {url}{key} -H 'Content-Type: application/json' \\\n  -d '{body}'"
+
+
+# UNTIL WIRED
+add_index = add_pages

@@ -1,13 +1,15 @@
 """LangServe's two playgrounds as a person sees them: fields, buttons, what they show."""
 
+import re
 from itertools import pairwise
+from typing import Protocol
 
 from playwright.sync_api import Locator, Page, Route, expect
 
-from tests.server import Server
-
 OUTPUT = "div.whitespace-pre-wrap.rounded-2xl"
 """Where the form playground shows the answer."""
+
+SHARE_LINK = re.compile(r"/c/\S+/playground$")
 
 ANSWER = ".group:has(option[value=ai]:checked) [aria-hidden=true]"
 """Where the chat playground shows answers; the first of these on the page is the latest."""
@@ -22,10 +24,16 @@ RECORD_STATES = """selector => {
 """Notes every text that the element has."""
 
 
+class Place(Protocol):
+    """Where the service is: a server, or a proxy in front of one."""
+
+    url: str
+
+
 class FormPlayground:
     """The playground with a form: options, inputs, the output."""
 
-    def __init__(self, page: Page, server: Server, chain: str, config_hash: str = "") -> None:
+    def __init__(self, page: Page, server: Place, chain: str, config_hash: str = "") -> None:
         self.page = page
         share = f"/c/{config_hash}" if config_hash else ""
         page.goto(f"{server.url}/{chain}{share}/playground/", wait_until="networkidle")
@@ -66,6 +74,11 @@ class FormPlayground:
         types into another field in between is lost."""
         self.page.evaluate("() => new Promise(done => setTimeout(done, 50))")
 
+    def share_link(self) -> str:
+        """The address that opens the form with its options as they are."""
+        self.page.get_by_role("button", name="Share").click()
+        return self.page.get_by_role("dialog").get_by_text(SHARE_LINK).inner_text()
+
     def record_states(self) -> None:
         """Begin to note each state of the output."""
         self.page.evaluate(RECORD_STATES, OUTPUT)
@@ -82,7 +95,7 @@ class ChatPlayground:
     It has no fields for options, and a small model may ramble on: `options` are put into its requests on their way.
     """
 
-    def __init__(self, page: Page, server: Server, **options: object) -> None:
+    def __init__(self, page: Page, server: Place, **options: object) -> None:
         self.page = page
         if options:
             page.route("**/chat/stream_log", lambda route: add_options(route, options))

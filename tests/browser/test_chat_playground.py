@@ -1,7 +1,7 @@
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.browser.conftest import Shoot
-from tests.browser.playgrounds import ChatPlayground, assert_grew
+from tests.browser.playgrounds import ANSWER, ChatPlayground, assert_grew
 from tests.browser.watch import Watch
 from tests.server import Server
 
@@ -83,3 +83,23 @@ def test_the_chat_shows_why_a_request_failed(scripted_server: Server, page: Page
     playground.send("fail")
     expect(page.get_by_role("alert").filter(has_text="generation failed")).to_be_visible()
     assert watch.take_problems()
+
+
+def test_a_message_that_is_sent_before_the_page_knows_its_schemas_is_answered(
+    scripted_server: Server, page: Page, watch: Watch
+) -> None:
+    """The page asks for them again, and called a message that came before them "undefined": it was refused."""
+    waiting: list[Route] = []
+    page.route("**/input_schema", lambda route: waiting.append(route))  # noqa: PLW0108  # it has to be a function
+    page.goto(f"{scripted_server.url}/chat/playground/")
+    box = page.get_by_placeholder("Send a message...")
+    box.fill("hello")
+    box.press("Enter")
+    expect(page.locator(ANSWER)).to_have_count(1)
+
+    while waiting:
+        waiting.pop().continue_()
+
+    expect(page.locator(ANSWER)).to_have_text("hello")
+    (body,) = watch.bodies("/chat/stream_log")
+    assert body["input"] == {"messages": [{"type": "human", "content": "hello"}]}

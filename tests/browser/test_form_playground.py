@@ -227,8 +227,7 @@ def test_a_refusal_by_the_service_shows_in_the_form(scripted_server: Server, pag
 def test_a_share_link_opens_the_form_with_its_options(scripted_server: Server, page: Page, watch: Watch) -> None:
     playground = FormPlayground(page, scripted_server, "translate")
     playground.fill(max_tokens=3)
-    page.get_by_role("button", name="Share").click()
-    link = page.get_by_role("dialog").get_by_text(re.compile(r"/c/\S+/playground$")).inner_text()
+    link = playground.share_link()
 
     shared = FormPlayground(page, scripted_server, "translate", config_hash=link.split("/")[-2])
     assert shared.field("max_tokens").locator("input").input_value() == "3"

@@ -3,7 +3,7 @@
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import ConsoleMessage, Error, Page, Request
+from playwright.sync_api import ConsoleMessage, Error, Page, Request, Response
 
 
 class Watch:
@@ -28,6 +28,14 @@ class Watch:
         """The addresses of requests that left the machine, or tried to."""
         urls = [urlsplit(request.url) for request in self.requests]
         return [url.geturl() for url in urls if url.scheme not in ("data", "blob") and url.hostname != "127.0.0.1"]
+
+    def answers(self, path: str) -> list[Response]:
+        """What was answered at a path, oldest first."""
+        return [
+            response
+            for request in self.requests
+            if urlsplit(request.url).path == path and (response := request.response()) is not None
+        ]
 
     def bodies(self, path: str) -> list[Any]:
         """The JSON bodies that were posted to a path, oldest first."""

@@ -14,7 +14,7 @@ import multiprocessing
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,63 +87,68 @@ def asks(run: int) -> list[bytes]:
     ]
 
 
-def closed_loop(port: int, messages: Sequence[bytes], *, clients: int, seconds: float) -> Figures:
+async def closed_loop(port: int, messages: Sequence[bytes], *, clients: int, seconds: float) -> Figures:
     """So many clients, each of which asks again as soon as it has its answer."""
-    return _in_a_process(_closed_loop, port, messages, clients, seconds)
-
-
-def open_loop(port: int, messages: Sequence[bytes], *, rate: float, seconds: float, seed: int = 0) -> Figures:
-    """Clients that come by chance, so many a second, whatever becomes of the others."""
-    return _in_a_process(_open_loop, port, messages, rate, seconds, seed)
-
-
-def _in_a_process(drive, *arguments) -> Figures:  # type: ignore[no-untyped-def]
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_run, drive, *arguments).result()
-
-
-def _run(drive, *arguments) -> Figures:  # type: ignore[no-untyped-def]
-    gc.disable()
-    started_s, cpu_s = time.perf_counter(), time.process_time()
-    outcomes, seconds = asyncio.run(drive(*arguments))
-    cpu_share = (time.process_time() - cpu_s) / (time.perf_counter() - started_s)
-    opened_s = started_s + WARM_UP * seconds
-    ends = [outcome.ended_s for outcome in outcomes if outcome.is_answered]
-    in_time = [end for end in ends if opened_s <= end < started_s + seconds]
-    return Figures(outcomes, len(in_time) / (started_s + seconds - opened_s), cpu_share)
-
-
-async def _closed_loop(
-    port: int, messages: Sequence[bytes], clients: int, seconds: float
-) -> tuple[list[Outcome], float]:
-    until_s = time.perf_counter() + seconds
+    clock = _Clock(seconds)
     outcomes: list[Outcome] = []
     left = iter(messages)
 
     async def client() -> None:
-        while time.perf_counter() < until_s and (message := next(left, None)) is not None:
-            outcome = await ask(port, message)
-            outcomes.append(outcome)
-            if outcome.status == 503:
+        while not clock.is_over and (message := next(left, None)) is not None:
+            outcomes.append(await ask(port, message))
+            if outcomes[-1].status == 503:
                 await asyncio.sleep(RETRY_S)
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    return outcomes, seconds
+    return clock.figures(outcomes)
 
 
-async def _open_loop(
-    port: int, messages: Sequence[bytes], rate: float, seconds: float, seed: int
-) -> tuple[list[Outcome], float]:
+async def open_loop(port: int, messages: Sequence[bytes], *, rate: float, seconds: float, seed: int = 0) -> Figures:
+    """Clients that come by chance, so many a second, whatever becomes of the others."""
+    clock = _Clock(seconds)
     chance = Random(seed)
-    due_s = started_s = time.perf_counter()
     running: list[asyncio.Task[Outcome]] = []
+    due_s = clock.started_s
     for message in messages:
         due_s += chance.expovariate(rate)
-        if due_s > started_s + seconds:
+        if due_s > clock.started_s + seconds:
             break
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
         running.append(asyncio.create_task(ask(port, message)))
-    return list(await asyncio.gather(*running)), seconds
+    return clock.figures(await asyncio.gather(*running))
+
+
+class _Clock:
+    """Begins when it is made."""
+
+    def __init__(self, seconds: float) -> None:
+        self.started_s = time.perf_counter()
+        self._started_cpu_s = time.process_time()
+        self._seconds = seconds
+
+    @property
+    def is_over(self) -> bool:
+        return time.perf_counter() > self.started_s + self._seconds
+
+    def figures(self, outcomes: Sequence[Outcome]) -> Figures:
+        """What was answered after the warm-up and before the end counts for the rate."""
+        opened_s, closed_s = self.started_s + WARM_UP * self._seconds, self.started_s + self._seconds
+        in_time = sum(opened_s <= outcome.ended_s < closed_s for outcome in outcomes if outcome.is_answered)
+        cpu_share = (time.process_time() - self._started_cpu_s) / (time.perf_counter() - self.started_s)
+        return Figures(outcomes, in_time / (closed_s - opened_s), cpu_share)
+
+
+def apart(drive: Callable[..., Coroutine[None, None, Figures]], *arguments: object, **named: object) -> Figures:
+    """Run one of these loops in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_run, drive, arguments, named).result()
+
+
+def _run(
+    drive: Callable[..., Coroutine[None, None, Figures]], arguments: Sequence[object], named: Mapping[str, object]
+) -> Figures:
+    gc.disable()
+    return asyncio.run(drive(*arguments, **named))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +185,10 @@ class Measured:
 
 def measure(server: Server, *, seconds: float) -> Measured:
     """Find out the capacity, and what happens at that rate and far beyond it."""
-    closed_loop(server.port, asks(0), clients=SLOTS, seconds=seconds / 4)  # warm-up
-    capacity = closed_loop(server.port, asks(1), clients=SLOTS + QUEUE, seconds=seconds)
-    at_capacity = open_loop(server.port, asks(2), rate=capacity.rate, seconds=seconds)
-    beyond = open_loop(server.port, asks(3), rate=TIMES * capacity.rate, seconds=seconds)
+    apart(closed_loop, server.port, asks(0), clients=SLOTS, seconds=seconds / 4)  # warm-up
+    capacity = apart(closed_loop, server.port, asks(1), clients=SLOTS + QUEUE, seconds=seconds)
+    at_capacity = apart(open_loop, server.port, asks(2), rate=capacity.rate, seconds=seconds)
+    beyond = apart(open_loop, server.port, asks(3), rate=TIMES * capacity.rate, seconds=seconds)
     return Measured(capacity, at_capacity, beyond)
 
 

@@ -167,7 +167,7 @@ CASES = [
 def refusing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of its own, which must not have written a traceback in the end."""
     log = tmp_path_factory.mktemp("refusing-server") / "log"
-    with Server(log, script="tests/scripted_server.py", max_body=str(MAX_BODY), max_batch="4") as server:
+    with Server(log, script="tests/scripted_server.py", max_body=str(MAX_BODY), max_batch="4", max_output_tokens="99999") as server:
         yield server
     assert "Traceback" not in log.read_text()
     assert '" 500' not in log.read_text()
@@ -227,7 +227,7 @@ def test_a_body_that_is_no_request_is_refused(client: httpx.Client, endpoint: st
         ({"input": HELLO}, "inputs", "required"),
         ({"inputs": [HELLO, {"text": 1}]}, "inputs[1].text", "valid string, got 1"),
         ({"inputs": [HELLO, HELLO, None]}, "inputs[2]", "object"),
-        ({"inputs": [HELLO] * 5}, "inputs", "at most 4 at once, got 5"),
+        ({"inputs": [HELLO] * 5}, "inputs", "at most 4 at once (SERVE_MAX_BATCH), got 5"),
         ({"inputs": [HELLO], "config": [{}, {}]}, "config", "each of 1 inputs, got 2"),
         ({"inputs": [HELLO] * 2, "config": [{}]}, "config", "each of 2 inputs, got 1"),
         (
