@@ -21,13 +21,13 @@ from service.boundary import ErrorBoundary, answer_error
 from service.disconnect import CancelOnDisconnect
 from service.door import Check, Door
 from service.errors import Refusal
+from service.headers import AnswerHead, SecurityHeaders
 from service.health import health_router
 from service.keys import KeyRing
 from service.logs import log_request
 from service.metrics import Metrics, metrics_router
 from service.openapi import describe_api
-from service.pages import add_index
-from service.playground import ExplainFailures
+from service.pages import add_pages
 from service.quota import open_quota
 from service.record import Record
 from service.recorder import Recorder
@@ -73,6 +73,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
     app = FastAPIOffline(  # FastAPI's own /docs loads its scripts from a content delivery network
         title="LangChain chains on a local Llama 3",
         lifespan=lifespan,
+        docs_url=None,  # `add_pages` has one
         redoc_url=None,
     )
     app.state.admission = admission
@@ -81,7 +82,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
     add_layers(app, settings, keys, metrics)
     app.include_router(health_router(engine, admission))
     app.include_router(metrics_router(metrics))
-    add_index(app, chains, engine)
+    add_pages(app, chains, engine)
     for chain in chains:
         host(app, chain, Door(chain, check, settings.limits(chain.name), admission, metrics))
     describe_api(app, has_keys=not keys.is_open)
@@ -95,7 +96,7 @@ def add_layers(app: FastAPI, settings: Settings, keys: KeyRing, metrics: Metrics
         metrics.count_request(record)
         log_request(record)
 
-    app.add_middleware(ExplainFailures)
+    app.add_middleware(AnswerHead)
     app.add_middleware(CancelOnDisconnect)
     app.add_middleware(
         Access,
@@ -113,4 +114,5 @@ def add_layers(app: FastAPI, settings: Settings, keys: KeyRing, metrics: Metrics
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(Recorder, tell=tell, keeps_texts=settings.log_texts)

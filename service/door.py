@@ -6,7 +6,6 @@ endpoint.
 """
 
 import os
-import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
@@ -28,10 +27,6 @@ from service.errors import Refusal
 from service.limits import Limits
 from service.metrics import Metrics
 from service.record import Record, record_of
-
-ASSET = re.compile(r"([\w/-]{1,100}\.\w{1,10})?", re.ASCII)
-"""Files of a playground. LangServe asks the file system for whatever it is given, which raises at a directory, a null
-byte, and a name that is too long."""
 
 GRACE_S = 2.0
 """How long after its deadline a request may take to say so."""
@@ -65,8 +60,6 @@ class Door:
             # every state of its options, half-typed ones too, and drops what was typed at a refusal.
             if "config_hash" in request.path_params:
                 request.path_params["config_hash"] = ""
-            if not ASSET.fullmatch(request.path_params.get("file_path", "")):
-                raise Refusal(404, "not_found", "Not Found")
             record.endpoint = "page"
             yield
             return

@@ -108,7 +108,3 @@ def curl(chain: Chain, base_url: str, *, asks_key: bool) -> str:
     key = ' -H "X-API-Key: $KEY"' if asks_key else ""
     url = shlex.quote(f"{base_url}/{chain.name}/invoke")  # whatever the request called this host
     return f"curl {url}{key} -H 'Content-Type: application/json' \\\n  -d '{body}'"
-
-
-# UNTIL WIRED
-add_index = add_pages

@@ -8,6 +8,9 @@ from langserve.serialization import WellKnownLCSerializer
 
 from chains import Chain
 from service.door import Door
+from service.playground import add_playground
+
+TAKEN = ("docs", "health", "metrics", "ready", "static", "static-offline-docs")
 
 
 class LineSafeSerializer(WellKnownLCSerializer):
@@ -24,15 +27,21 @@ class LineSafeSerializer(WellKnownLCSerializer):
 
 
 def host(app: FastAPI, chain: Chain, door: Door) -> None:
-    """Add a chain's routes: invoke, batch, stream, stream_log, stream_events, schemas and playground."""
+    """Add a chain's routes: invoke, batch, stream, stream_log, stream_events, schemas and playground.
+
+    Raises ValueError for a name under which there is something else.
+    """
+    if chain.name in TAKEN:
+        raise ValueError(f"no chain can be called {chain.name}: the service's own page is there")
+    add_playground(app, chain, [Depends(door)])
     router = APIRouter()  # given the application itself, LangServe would print a banner over our log
     add_routes(
         router,
         chain.runnable,
         path=f"/{chain.name}",
         dependencies=[Depends(door)],
-        disabled_endpoints=["token_feedback"],  # type: ignore[list-item]  # left out of LangServe's own annotation
-        playground_type=chain.playground,
+        # `add_playground` has added that. The other is left out of LangServe's own annotation.
+        disabled_endpoints=["playground", "token_feedback"],  # type: ignore[list-item]
         serializer=LineSafeSerializer(),
     )
     app.include_router(router)

@@ -59,7 +59,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SERVE_", env_file=".env", extra="ignore", frozen=True)
 
-    host: Annotated[str, Field(description="Address to listen on; one that other machines can reach needs keys.")] = "127.0.0.1"
+    host: Annotated[str, Field(description="Address to listen on; one that other machines can reach needs keys.")] = (
+        "127.0.0.1"
+    )
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000
     root_path: Annotated[
         str, Field(pattern=r"^(/[\w.~-]+)*$", description="Path prefix that a proxy in front strips, like /llama.")

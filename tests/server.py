@@ -38,7 +38,7 @@ class Server:
         **settings: str,
     ) -> None:
         self.log = log
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"{'http' if certificate is None else 'https'}://127.0.0.1:{self.port}"
         self.trust = ssl.create_default_context(cafile=certificate)
         self.arguments = arguments
@@ -107,7 +107,7 @@ class Server:
         raise TimeoutError(f"the server is not ready after {START_TIMEOUT_S} s:\n{self.log.read_text()}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -10,6 +10,7 @@ import pytest
 from pydantic import SecretStr
 
 from service.settings import Settings
+from tests.nginx import LOCATION
 from tests.server import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
@@ -69,6 +70,10 @@ def settings_table() -> str:
         default = "" if field.default in (None, "", (), SecretStr("")) else f"`{field.default}`"
         rows.append(f"| `SERVE_{name.upper()}` | `{flag}` | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
+
+
+def test_the_proxy_is_told_what_the_tests_tell_theirs() -> None:
+    assert blocks("nginx") == [LOCATION]
 
 
 def test_what_the_readme_links_to_is_there() -> None:

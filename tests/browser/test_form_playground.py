@@ -238,7 +238,7 @@ def test_a_share_link_opens_the_form_with_its_options(scripted_server: Server, p
 def test_the_form_translates_with_the_real_model(server: Server, page: Page, watch: Watch, shoot: Shoot) -> None:
     playground = FormPlayground(page, server, "translate")
     playground.fill(max_tokens=100)
-    playground.fill(text="Good morning, my friends!", target_language="French")
+    playground.fill(text=STORY, target_language="French")  # a short answer may be there before anything is drawn
     playground.record_states()
 
     output = playground.run()

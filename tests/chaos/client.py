@@ -10,8 +10,7 @@ import json
 import socket
 import struct
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from random import Random
@@ -83,7 +82,6 @@ class Outcome:
     has_left: bool = False
     error: str | None = None
     """What went wrong with the connection, if that did."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def took_s(self) -> float:
@@ -157,7 +155,7 @@ class Outcome:
         """A word or two for counting."""
         if self.has_left:
             return "left"
-        if self.error or self.status is None:
+        if self.status is None or (self.error and not self.is_whole):
             return self.error or "no answer"
         if self.is_answered:
             return "whole"

@@ -22,7 +22,8 @@ Make = Callable[[str, int], bytes]
 LEAVING = 0.4
 SLOTS = 16
 GROWTH = 1.03
-"""Of memory, after a warm-up of the same kind."""
+"""Of memory, after a warm-up of the same kind; with few requests one page more or less of an allocator shows."""
+GROWTH_OF_FEW = 1.1
 
 PLENTY: dict[str, Any] = {
     "max_slots": str(SLOTS),
@@ -137,7 +138,7 @@ async def assert_nothing_is_left(
             print(f"\n{dict(ends)}; idle after {took_s:.2f} s; {before} before, {after} after")
     assert set(ends) == {"whole", "left"}
     assert LEAVING / 2 < ends["left"] / ends.total() < LEAVING * 1.5
-    assert after.rss_mib < before.rss_mib * GROWTH
+    assert after.rss_mib < before.rss_mib * (GROWTH_OF_FEW if crowd is FEW else GROWTH)
     await assert_all_slots_are_free(server, long, SLOTS)
 
 

@@ -44,7 +44,7 @@ PAGES = (
 WRONG = (
     request("/translate/invoke", {"input": {"text": ""}}),
     request("/chat/stream", {"input": {"messages": [["user", "Hi!"]]}, "config": {"configurable": {"top_p": 7}}}),
-    request("/chat/invoke", {"input": {"messages": [["user", "word " * 20_000]]}}),
+    request("/chat/invoke", {"input": {"messages": [["user", "word " * 3_000]]}}),
     request("/nowhere/invoke", {}),
     request("/summarize/batch", {"inputs": []}),
     b"NONSENSE\r\n\r\n",

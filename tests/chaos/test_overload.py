@@ -1,5 +1,6 @@
 """Four times what the service can take: whoever is let in is served as before, and the others hear at once."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,25 @@ async def test_whoever_is_let_in_ends_whole_and_the_others_are_told_when_to_come
     assert_served_or_told_to_come_back(beyond)
     assert beyond.refusals
     await idle(small_server)
+
+
+async def test_a_key_that_asks_for_too_much_is_told_so_and_another_is_let_in(tmp_path: Path) -> None:
+    """Half of the places is the most that one key may have at once."""
+    keys = {name: name * 20 for name in ("greedy", "modest")}
+    said = {"text": f"Something that takes a while: {'x' * 60}", "target_language": "German"}
+    messages = {name: [request("/translate/stream", {"input": said}, X_API_Key=keys[name])] * 1000 for name in keys}
+    given = ",".join(f"{name}:{key}" for name, key in keys.items())
+    with Server(
+        tmp_path / "log", script="tests/chaos/fragile_server.py", max_slots="4", max_queue="2", api_keys=given
+    ) as server:
+        greedy, modest = await asyncio.gather(
+            open_loop(server.port, messages["greedy"], rate=60, seconds=3),
+            closed_loop(server.port, messages["modest"], clients=2, seconds=3),
+        )
+
+    assert set(greedy.ends) == {"whole", "429 too_many_at_once"}
+    assert_served_or_told_to_come_back(greedy)
+    assert set(modest.ends) == {"whole"}
 
 
 @pytest.mark.soak

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.client import Outcome, ask, request
+from tests.chaos.stalling import SMALL_BUFFERS, STALLED, stalled
 from tests.chaos.watch import get, until
 from tests.server import Server
 
@@ -124,6 +125,18 @@ async def test_connections_that_only_wait_do_not_keep_it(tmp_path: Path) -> None
         finally:
             for writer in writers:
                 writer.transport.abort()
+    assert "Traceback" not in server.log.read_text()
+
+
+async def test_those_who_do_not_read_do_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SMALL_BUFFERS.items():
+        monkeypatch.setenv(name, value)
+    with serving(tmp_path / "log", drain_timeout_s="1", idle_timeout_s="60", max_output_tokens="8000") as server:
+        async with stalled(server, pause_s=None):
+            await until(server, within_s=5, running=STALLED)
+            await asyncio.sleep(1)
+            server.process.send_signal(signal.SIGTERM)
+            assert await exit_code(server, within_s=20) == 0
     assert "Traceback" not in server.log.read_text()
 
 

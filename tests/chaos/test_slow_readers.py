@@ -1,35 +1,26 @@
 """Clients that ask and do not read what they get: they are cut, and nobody else notices."""
 
 import asyncio
-import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 
 import pytest
 
 from tests.chaos.client import ask, request
+from tests.chaos.stalling import BUFFER, LONG, SMALL_BUFFERS, STALLED, stalled
 from tests.chaos.watch import assert_all_slots_are_free, few_fds, get, health, held, idle, until
 from tests.server import Server
 
 SLOTS = 16
-STALLED = 8
 IDLE_TIMEOUT_S = 1
-BUFFER = 8192
-"""Bytes that the system takes over for either side: with its own megabytes nobody would stall in a test's time."""
-
-LONG = request(
-    "/chat/stream",
-    {"input": {"messages": [["user", "x" * 8000]]}},
-)
-"""Its answer takes well over ten seconds, and more than a megabyte."""
 
 
 @pytest.fixture(scope="module")
 def impatient_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("impatient-server") / "log"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FRAGILE_SEND_BUFFER", str(BUFFER))
+        for name, value in SMALL_BUFFERS.items():
+            patch.setenv(name, value)
         server = Server(
             log,
             script="tests/chaos/fragile_server.py",
@@ -40,34 +31,6 @@ def impatient_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
         with server:
             yield server
     assert "Traceback" not in log.read_text()
-
-
-@asynccontextmanager
-async def stalled(server: Server, *, pause_s: float | None) -> AsyncIterator[list[socket.socket]]:
-    """Clients that have asked and read nothing, or a byte now and then."""
-    loop = asyncio.get_running_loop()
-    connections: list[socket.socket] = []
-
-    async def read(connection: socket.socket, pause_s: float) -> None:
-        with contextlib.suppress(OSError):
-            while await loop.sock_recv(connection, 1):  # noqa: ASYNC110
-                await asyncio.sleep(pause_s)
-
-    with contextlib.ExitStack() as stack:
-        for _ in range(STALLED):
-            connection = stack.enter_context(socket.socket())
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-            connection.setblocking(False)
-            await loop.sock_connect(connection, ("127.0.0.1", server.port))
-            await loop.sock_sendall(connection, LONG)
-            connections.append(connection)
-        reading = [] if pause_s is None else [asyncio.create_task(read(each, pause_s)) for each in connections]
-        try:
-            yield connections
-        finally:
-            for task in reading:
-                task.cancel()
-            await asyncio.gather(*reading, return_exceptions=True)
 
 
 @pytest.mark.parametrize("pause_s", [None, 1.0], ids=["nothing", "a byte a second"])

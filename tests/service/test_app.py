@@ -155,3 +155,9 @@ async def test_the_index_page_escapes_what_chains_are_called(name: str) -> None:
     hosted = Chain(**{field: getattr(chain, field) for field in Chain.__slots__} | {"description": name})
     page = (await request(app_of(hosted), "GET", "/")).text
     assert "<b>Co" not in page
+
+
+@pytest.mark.parametrize("name", ["health", "static", "docs", "metrics"])
+def test_a_chain_does_not_take_the_place_of_a_page(name: str) -> None:
+    with pytest.raises(ValueError, match=f"no chain can be called {name}"):
+        app_of(joke_chain(RunnableLambda(lambda _: "Ha!"), name=name))

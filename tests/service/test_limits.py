@@ -18,7 +18,7 @@ def test_what_is_no_limit_is_refused(value: str) -> None:
 
 
 def test_the_settings_give_each_chain_its_limits() -> None:
-    settings = Settings(timeout_s="600,chat=30", max_batch="8,translate=2")  # type: ignore[call-arg]
+    settings = Settings(timeout_s="600,chat=30", max_batch="8,translate=2")
     assert settings.limits("chat").timeout_s == 30
     assert settings.limits("chat").max_batch == 8
     assert settings.limits("translate").timeout_s == 600
@@ -28,4 +28,4 @@ def test_the_settings_give_each_chain_its_limits() -> None:
 def test_a_limit_for_a_chain_that_there_is_not_is_refused() -> None:
     Settings().check_chains(["mine"])
     with pytest.raises(SettingsError, match="SERVE_MAX_BATCH: there is no chain 'chta', but chat, translate"):
-        Settings(max_batch="8,chta=2").check_chains(["chat", "translate"])  # type: ignore[call-arg]
+        Settings(max_batch="8,chta=2").check_chains(["chat", "translate"])

@@ -233,7 +233,7 @@ def test_beyond_this_machine_it_does_not_start_without_keys(host: str, tmp_path:
 
 
 @pytest.mark.parametrize("settings", [{"insecure": "true"}, {"api_keys": f"ada:{GIVEN}"}])
-def test_beyond_this_machine_it_starts_with_keys_or_if_told_to(tmp_path: Path, settings: dict[str, str]) -> None:
+def test_beyond_this_machine_it_starts_with_keys_or_if_told_to(tmp_path: Path, settings: dict[str, Any]) -> None:
     with Server(tmp_path / "log", script="tests/scripted_server.py", host="0.0.0.0", **settings) as server:
         answer = ask(server, "POST", "/translate/invoke", by_header(GIVEN))
         assert answer.json()["output"] == "Hi!"
@@ -251,7 +251,7 @@ def test_beyond_this_machine_it_starts_with_keys_or_if_told_to(tmp_path: Path, s
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line_and_ends_the_process(
-    tmp_path: Path, settings: dict[str, str], said: str
+    tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
     server = Server(tmp_path / "log", script="tests/scripted_server.py", **settings)
     with pytest.raises(RuntimeError, match="the server ended with 2"), server:

@@ -167,7 +167,9 @@ CASES = [
 def refusing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of its own, which must not have written a traceback in the end."""
     log = tmp_path_factory.mktemp("refusing-server") / "log"
-    with Server(log, script="tests/scripted_server.py", max_body=str(MAX_BODY), max_batch="4", max_output_tokens="99999") as server:
+    with Server(
+        log, script="tests/scripted_server.py", max_body=str(MAX_BODY), max_batch="4", max_output_tokens="99999"
+    ) as server:
         yield server
     assert "Traceback" not in log.read_text()
     assert '" 500' not in log.read_text()

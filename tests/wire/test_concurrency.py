@@ -180,7 +180,10 @@ async def test_a_full_queue_refuses_with_503_and_the_numbers(tmp_path: Path) -> 
                     assert response.status_code == 503
                     assert int(response.headers["retry-after"]) > 0
                     assert response.json()["error"]["type"] == "queue_full"
-                    assert "2 requests run or wait already, of which 1 (SERVE_MAX_QUEUE) may wait" in response.json()["error"]["message"]
+                    assert (
+                        "2 requests run or wait already, of which 1 (SERVE_MAX_QUEUE) may wait"
+                        in response.json()["error"]["message"]
+                    )
         await until(server, running=0, waiting=0, within_s=1)
         assert await ask_by("invoke", server, "Hi!") == "Hi!"
         assert "Traceback" not in server.log.read_text()

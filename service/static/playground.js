@@ -1,10 +1,9 @@
-<style>
-#failure { position: fixed; inset: 1rem 1rem auto; margin: auto; max-width: 46rem; z-index: 10; padding: .75rem 1rem;
-  border: 1px solid #b91c1c; border-radius: .75rem; background: #fef2f2; color: #991b1b; overflow-wrap: anywhere; }
-</style>
-<script>
+// Before LangServe's own script: mends what its playgrounds get wrong.
 (() => {
   const fetchAsBefore = window.fetch;
+  let inputName = Promise.resolve();
+
+  // Of a request that failed the form shows nothing, and the chat "network error": this says what the service said.
   const hide = () => document.getElementById("failure")?.remove();
   const show = (text) => {
     hide();
@@ -38,11 +37,29 @@
     const event = /event: error\r\ndata: (.*)/.exec(text);
     if (event) explain(event[1]);
   };
+
+  // The chat takes its first message before it has read what its input is called, and then calls it "undefined".
+  const readName = async (response) => {
+    const {properties} = await response.json();
+    return Object.keys(properties).find((name) => properties[name].type === "array");
+  };
+  const named = async (body) => {
+    const {input, ...rest} = JSON.parse(body);
+    if (!("undefined" in input)) return body;
+    return JSON.stringify({input: {[await inputName]: input.undefined}, ...rest});
+  };
+
   window.fetch = async (resource, options) => {
-    if (!String(resource).endsWith("/stream_log")) return fetchAsBefore(resource, options);
+    const url = String(resource);
+    if (url.endsWith("/input_schema")) {
+      const response = fetchAsBefore(resource, options);
+      inputName = response.then((response) => readName(response.clone())).catch(() => "undefined");
+      return response;
+    }
+    if (!url.endsWith("/stream_log")) return fetchAsBefore(resource, options);
     hide();
     try {
-      const response = await fetchAsBefore(resource, options);
+      const response = await fetchAsBefore(resource, {...options, body: await named(options.body)});
       // LangServe's script cancels what is no stream: so read a refusal before it sees it.
       response.ok ? listen(response.clone()) : explain(await response.clone().text(), response.status);
       return response;
@@ -52,4 +69,3 @@
     }
   };
 })();
-</script>
