@@ -35,7 +35,8 @@ log = logging.getLogger("serve")
 def main(arguments: Sequence[str]) -> int:
     """Load the model in the background and serve its chains until told to stop; return the exit code."""
     if arguments[:1] == ["keys"]:
-        return manage(arguments[1:], read_settings([]).api_keys_file)
+        settings = read_settings(["--insecure"])  # nothing is served here
+        return manage(arguments[1:], settings.api_keys_file)
     settings = read_settings(arguments)
     keep_quiet_outside(settings)
     if settings.cache is not None:
@@ -105,16 +106,15 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
     except OSError as error:
         raise SettingsError(f"SERVE_SSL_CERTFILE or SERVE_SSL_KEYFILE cannot be used: {error}") from error
     server = DrainingServer(config, app.state.admission, drain_timeout_s=settings.drain_timeout_s)
-    failures: list[LLMError] = []
 
     def watch() -> None:
         try:
             engine.wait_until_ready()
             gc.collect()
             gc.freeze()  # what is there stays: looking through it at every full collection halts all for 0.25 s
-        except LLMError as error:
+        except LLMError:
             if not server.should_exit:
-                failures.append(error)
+                server.exit_code = 1
                 server.should_exit = True
 
     threading.Thread(target=watch, daemon=True).start()
@@ -122,7 +122,7 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
     scheme = "https" if config.is_ssl else "http"
     log.info("Serving on %s://%s:%s", scheme, f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])
-    return 1 if failures else 0
+    return server.exit_code
 
 
 def keep_quiet_outside(settings: Settings) -> None:

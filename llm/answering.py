@@ -22,7 +22,7 @@ def build_request(ids: Sequence[int], sampling: Sampling, *, timeout_s: float | 
         deadline=min((deadline for deadline in deadlines if deadline is not None), default=None),
         owner=caller.owner,
         caller=caller.id,
-        trace_id=caller.id,
+        trace_id=caller.trace_id,
     )
 
 

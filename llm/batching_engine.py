@@ -151,7 +151,7 @@ class BatchingEngine(Generic[S]):
             death = error
             log.error("The engine has stopped: %s", error)
         except BaseException as error:
-            death = EngineDead(f"{type(error).__name__}: {error}")
+            death = EngineDead(type(error).__name__)  # callers see it; what it says is for the log
             log.exception("The engine has stopped")
         finally:
             self._die(death)

@@ -35,7 +35,7 @@ class Caller:
     def __init__(
         self,
         *,
-        id: str | None = None,  # noqa: A002
+        trace_id: str = "",
         owner: str = "",
         deadline: float | None = None,
         max_output_tokens: int | None = None,
@@ -44,14 +44,15 @@ class Caller:
         """Begin.
 
         Args:
-            id: Its name in logs; a new one if not given.
+            trace_id: Its name in logs. Callers may choose it, so nothing goes by it.
             owner: Whose prompts may share computed prefixes: the name of an API key; "" for everybody without one.
             deadline: `time.monotonic()` seconds after which everything that it submitted ends.
             max_output_tokens: Tokens of each answer at most, whatever is asked for.
             on_ended: Told once of each generation, some time after it has ended: before `end` returns, or if it is
                 adopted later than that, at once. In whatever thread submits or ends, but never in two at a time.
         """
-        self.id = id or uuid.uuid4().hex
+        self.id = uuid.uuid4().hex
+        self.trace_id = trace_id or self.id
         self.owner = owner
         self.deadline = deadline
         self.max_output_tokens = max_output_tokens

@@ -208,7 +208,9 @@ class Loop(Generic[S]):
         """End requests because of an error in a step of theirs, unless it is the end of all."""
         if isinstance(error, EngineDead):
             raise error
-        log.error("Failed: %s", ", ".join(f"request {job.request.trace_id}" for job in jobs), exc_info=error)
+        names = [job.request.trace_id for job in jobs]
+        about = {"request_id": names[0]} if len(names) == 1 else None
+        log.error("Failed: request %s", ", ".join(names), exc_info=error, extra=about)
         failure = error
         if not isinstance(failure, LLMError):
             failure = GenerationFailed(f"generation failed: {type(error).__name__}")

@@ -32,7 +32,7 @@ from service.quota import open_quota
 from service.record import Record
 from service.recorder import Recorder
 from service.routes import host
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 
 def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, engine: Engine) -> FastAPI:
@@ -46,7 +46,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
 
     Raises:
         KeysError: The keys of the settings cannot be used.
-        SettingsError: A limit is set for a chain that there is not.
+        SettingsError: A limit is set for a chain that there is not, or the Redis can be none.
     """
     settings.check_chains([chain.name for chain in chains])
     # sse-starlette cuts running streams off at SIGTERM; uvicorn lets them end.
@@ -54,10 +54,14 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
     # LangServe's playgrounds need /stream_log; each use of it would write this into our log.
     warnings.filterwarnings("ignore", "astream_log is deprecated", LangChainDeprecationWarning)
 
+    try:
+        quota = open_quota(settings.rate_limit, settings.redis_url.get_secret_value())
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     keys = KeyRing(settings.api_keys_file, settings.api_keys.get_secret_value())
     admission = Admission(
         engine,
-        open_quota(settings.rate_limit, settings.redis_url),
+        quota,
         max_queue=settings.max_queue,
         max_concurrent=settings.max_concurrent,
         has_keys=not keys.is_open,
@@ -84,7 +88,18 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
     app.include_router(metrics_router(metrics))
     add_pages(app, chains, engine)
     for chain in chains:
-        host(app, chain, Door(chain, check, settings.limits(chain.name), admission, metrics))
+        host(
+            app,
+            chain,
+            Door(
+                chain,
+                check,
+                settings.limits(chain.name),
+                admission,
+                metrics,
+                idle_timeout_s=settings.idle_timeout_s,
+            ),
+        )
     describe_api(app, has_keys=not keys.is_open)
     return app
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
+import anyio
 import orjson
 from fastapi import Request
 from langserve.lzstring import LZString
@@ -155,11 +156,19 @@ def calls(body: InvokeBody | BatchBody, shared: Mapping[str, Any], *, max_batch:
     ]
 
 
-async def read_json(request: Request, max_body: int) -> Any:
-    """Read a body of at most so many bytes."""
+async def read_json(request: Request, max_body: int, *, idle_timeout_s: float) -> Any:
+    """Read a body of at most so many bytes, no longer than so after the last piece of it has come."""
     pieces, size = [], 0
+    stream = request.stream()
     try:
-        async for piece in request.stream():
+        while True:
+            with anyio.move_on_after(idle_timeout_s) as waiting:
+                piece = await anext(stream, None)
+            if waiting.cancelled_caught:
+                message = f"nothing more of the body came for {idle_timeout_s:g} s (SERVE_IDLE_TIMEOUT_S)"
+                raise Refusal(408, "timeout", message)
+            if piece is None:
+                break
             size += len(piece)
             if size > max_body:
                 message = f"a body may have {max_body} bytes at most (SERVE_MAX_BODY)"

@@ -5,6 +5,7 @@ import json
 import logging
 
 from fastapi import Request
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,15 +42,17 @@ class ErrorBoundary:
             await self.app(scope, receive, send)
             return
         record = record_of(scope)
-        is_started = False
+        is_started = is_stream = is_complete = False
 
         async def forward(message: Message) -> None:
-            nonlocal is_started
+            nonlocal is_started, is_stream, is_complete
             if message["type"] == "http.response.start":
                 is_started = True
+                is_stream = Headers(scope=message).get("content-type", "").startswith("text/event-stream")
             elif is_error_event(message):
                 return
             await send(message)
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             await self.app(scope, receive, forward)
@@ -57,9 +60,10 @@ class ErrorBoundary:
             problem = record.problem = describe(error)
             if problem is INTERNAL:
                 log.exception("The request failed")
-            if is_started:
+            if is_stream and not is_complete:
                 await send({"type": "http.response.body", "body": error_event(problem, record.id), "more_body": True})
                 await asyncio.sleep(BREAK_OFF_DELAY_S)
+            if is_started:
                 return
             headers = {**problem.headers, **({"Connection": "close"} if problem.status == 500 else {})}
             response = JSONResponse(problem.body(record.id), problem.status, headers)

@@ -157,7 +157,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         """Answer what is no request to the application, and close. Amid another answer, only close."""
         request_id = uuid.uuid4().hex
-        log.info("Request %s of %s refused: %s", request_id, self._peer(), problem.message)
+        log.info("Refused %s: %s", self._peer(), problem.message, extra={"request_id": request_id})
         self._is_refused, self._head_since = True, None
         if self._is_answering():
             self.transport.close()

@@ -7,7 +7,7 @@ endpoint.
 
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -41,12 +41,22 @@ class Check(Protocol):
 class Door:
     """The dependency for a chain's routes."""
 
-    def __init__(self, chain: Chain, check: Check, limits: Limits, admission: Admission, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        check: Check,
+        limits: Limits,
+        admission: Admission,
+        metrics: Metrics,
+        *,
+        idle_timeout_s: float,
+    ) -> None:
         self._chain = chain
         self._check = check
         self._limits = limits
         self._admission = admission
         self._metrics = metrics
+        self._idle_timeout_s = idle_timeout_s
         self._options_type = _options_type(chain)
         self._tokenizing = anyio.CapacityLimiter(os.cpu_count() or 1)  # leaves the other threads to others
 
@@ -54,7 +64,6 @@ class Door:
         """Let a request through, or raise why not."""
         record = record_of(request.scope)
         record.chain, record.key = self._chain.name, request.state.key
-        shared = shared_options(request.path_params.get("config_hash"))
         if request.method != "POST":
             # Pages and schemas are the same whatever the options. The form playground asks for its input schema with
             # every state of its options, half-typed ones too, and drops what was typed at a refusal.
@@ -67,7 +76,7 @@ class Door:
         await self._admission.knock(record.key)
         timeout_s = self._limits.timeout_s
         caller = Caller(
-            id=record.id,
+            trace_id=record.id,
             owner=record.key,
             deadline=time.monotonic() + timeout_s,
             max_output_tokens=self._limits.max_output_tokens,
@@ -75,8 +84,8 @@ class Door:
         )
         # Generations end at the caller's deadline, and say so; this ends whatever else a chain may do.
         request.state.work.deadline = anyio.current_time() + timeout_s + GRACE_S
-        body, wanted = await self._read(request, shared)
         async with self._admission.place(caller, timeout_s=timeout_s + 2 * GRACE_S):
+            body, wanted = await self._read(request)
             current_caller.set(caller)  # this request's task and its children see it
             # What LangServe will read: with the options of a share link merged in (it would lose them), without the
             # rest.
@@ -84,13 +93,14 @@ class Door:
             request._json = {**body, "config": configs if "inputs" in body else configs[0], "kwargs": {}}
             yield
 
-    async def _read(self, request: Request, shared: Mapping[str, Any]) -> tuple[dict[str, Any], list[Call]]:
+    async def _read(self, request: Request) -> tuple[dict[str, Any], list[Call]]:
         """Read the body, and hold everything in it against its types and limits."""
         limits = self._limits
+        shared = shared_options(request.path_params.get("config_hash"))
         validate("config_hash.configurable", self._options_type, shared)
         try:
             with anyio.fail_after(limits.timeout_s):
-                raw = await read_json(request, limits.max_body)
+                raw = await read_json(request, limits.max_body, idle_timeout_s=self._idle_timeout_s)
         except TimeoutError as error:
             message = f"the body did not come within {limits.timeout_s:g} s (SERVE_TIMEOUT_S)"
             raise Refusal(408, "timeout", message) from error
@@ -102,7 +112,7 @@ class Door:
         num_tokens = 0
         for call in wanted:
             num_tokens += await anyio.to_thread.run_sync(
-                _count, self._chain, self._check, call, limiter=self._tokenizing, abandon_on_cancel=True
+                _count, self._chain, self._check, call, limiter=self._tokenizing
             )
             if num_tokens > limits.max_input_tokens:
                 limit = f"at most {limits.max_input_tokens} prompt tokens in a request (SERVE_MAX_INPUT_TOKENS)"

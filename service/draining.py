@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -28,16 +29,19 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._admission = admission
         self._drain_timeout_s = drain_timeout_s
+        self.exit_code = 0
+        """What the process is to end with."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, or do it at once."""
         name = signal.Signals(sig).name
         if self._admission.is_draining:
-            log.warning("%s again: stopping at once", name)
-            logging.shutdown()
+            with suppress(RuntimeError):  # the signal may have come in the middle of a line
+                log.warning("%s again: stopping at once", name)
             os._exit(128 + sig)
-        log.info("%s: stopping when %d requests have finished", name, self._admission.num_inside)
         self._admission.drain(self._drain_timeout_s)
+        with suppress(RuntimeError):
+            log.info("%s: stopping when %d requests have finished", name, self._admission.num_inside)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to go."""
@@ -51,6 +55,6 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close everything. A thread in which a chain hangs is not waited for, as Python would."""
         await super().shutdown(sockets)
-        last = threading.Timer(CLOSE_TIMEOUT_S, os._exit, (0,))
+        last = threading.Timer(CLOSE_TIMEOUT_S, os._exit, (self.exit_code,))
         last.daemon = True
         last.start()

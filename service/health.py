@@ -1,5 +1,6 @@
 """Whether the service lives, and whether work can be sent to it."""
 
+from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter
@@ -35,7 +36,7 @@ def health_router(engine: Engine, admission: Admission) -> APIRouter:
 def _report(health: EngineHealth) -> dict[str, Any]:
     report: dict[str, Any] = {
         "status": "error" if health.state is EngineState.DEAD else "ok",
-        "model": health.model,
+        "model": PurePath(health.model).name if health.model.startswith((".", "/", "~")) else health.model,
         "engine": {
             "state": health.state,
             "running": health.running,

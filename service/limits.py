@@ -22,6 +22,8 @@ def parse_per_chain(kind: type[N], value: str) -> tuple[N, Mapping[str, N]]:
             ) from None
         if not 0 < limit < math.inf:
             raise ValueError(f"a limit is more than 0 and finite; {part!r} is not")
+        if name.strip() in chains:
+            raise ValueError(f"one number for a chain; {name.strip()} has two")
         if is_named:
             chains[name.strip()] = limit
         else:

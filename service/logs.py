@@ -13,13 +13,20 @@ from service.record import Record, current_record
 
 log = logging.getLogger("service.requests")
 
+OURS = ("serve", "service", "llm")
+"""Loggers of this program's own."""
+
 QUIET_PATHS = ("/health", "/ready", "/metrics")
 """What is asked every few seconds, and says nothing."""
 
 
 def start_logging(level: str, kind: Literal["human", "json"]) -> None:
     """Log to standard error from now on."""
-    logging.basicConfig(level=level.upper(), handlers=[log_handler(kind)])
+    logging.basicConfig(
+        level=max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]), handlers=[log_handler(kind)]
+    )
+    for ours in OURS:  # libraries would log what is streamed
+        logging.getLogger(ours).setLevel(level.upper())
     logging.getLogger("uvicorn.error").addFilter(_is_news)
 
 

@@ -36,7 +36,10 @@ KEY_SCHEMES = {
 REFUSALS = {
     "400": "The body cannot be read.",
     "401": "There is no key, or it is not valid.",
+    "403": "A page of another site asks.",
+    "408": "The body did not come in time.",
     "413": "The body is too large.",
+    "421": "The service is not called by its name.",
     "429": "This key has called too often, or has too many requests at once.",
     "500": "Something went wrong.",
     "503": "The queue is full, the model is loading, or the service is stopping.",

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Protocol
 
 from limits import RateLimitItem, parse
@@ -30,7 +31,7 @@ local now = tonumber(redis.call('TIME')[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
 redis.call('ZADD', KEYS[1], now + tonumber(ARGV[3]), ARGV[1])
-redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('EXPIRE', KEYS[1], math.max(redis.call('TTL', KEYS[1]), tonumber(ARGV[3])))
 return 1
 """
 """Takes a place for a request, unless a key has all of its own: one that a process took and died with ends in time."""
@@ -93,7 +94,7 @@ class LocalQuota:
         return True
 
     async def leave(self, key: str, request_id: str) -> None:
-        self._num_inside[key] -= 1
+        self._num_inside[key] = max(0, self._num_inside[key] - 1)
         if not self._num_inside[key]:
             del self._num_inside[key]
 
@@ -125,6 +126,7 @@ class SharedQuota:
         self._enter = self._redis.register_script(ENTER)
         self._local = LocalQuota(rate)
         self._entered: set[str] = set()  # requests that are counted in Redis
+        self._owed: list[tuple[str, str]] = []  # places that may still be taken there, and are free
         self._silent_until = -math.inf
 
     async def hit(self, key: str) -> int | None:
@@ -138,9 +140,11 @@ class SharedQuota:
     async def enter(self, key: str, request_id: str, *, limit: int, timeout_s: float) -> bool:
         if self._is_reachable():
             try:
+                await self._settle()
                 arguments = (request_id, limit, math.ceil(timeout_s))
                 is_in = bool(await self._enter(keys=(self._place(key),), args=arguments))
             except (RedisError, OSError, TimeoutError) as error:
+                self._owed.append((self._place(key), request_id))  # it may have come through
                 await self._fail(error)
             else:
                 self._entered.update([request_id] if is_in else [])
@@ -152,9 +156,10 @@ class SharedQuota:
             await self._local.leave(key, request_id)
             return
         self._entered.discard(request_id)
+        self._owed.append((self._place(key), request_id))
         if self._is_reachable():
             try:
-                await self._redis.zrem(self._place(key), request_id)
+                await self._settle()
             except (RedisError, OSError, TimeoutError) as error:
                 await self._fail(error)
 
@@ -167,12 +172,30 @@ class SharedQuota:
     def _is_reachable(self) -> bool:
         return time.monotonic() >= self._silent_until
 
+    async def _settle(self) -> None:
+        """Give back what could not be given back before."""
+        owed, self._owed = self._owed, []
+        try:
+            while owed:
+                await self._redis.zrem(*owed[-1])
+                owed.pop()
+        finally:
+            self._owed += owed
+
     async def _fail(self, error: Exception) -> None:
+        if not self._is_reachable():  # another request has said so
+            return
         self._silent_until = time.monotonic() + REDIS_PAUSE_S
         log.warning("Redis cannot be reached, so this process counts for itself: %s", type(error).__name__)
-        await self.close()  # what is connected to a Redis that has gone would fail once more each when it is back
+        with suppress(RedisError, OSError, TimeoutError):
+            await self.close()  # what is connected to a Redis that has gone would fail once more each when it is back
 
 
 def open_quota(rate: str, redis_url: str) -> Quota:
     """Count in Redis if there is a URL, else here. Raises ValueError for a rate or a URL that is none."""
-    return SharedQuota(parse_rate(rate), redis_url) if redis_url else LocalQuota(parse_rate(rate))
+    if not redis_url:
+        return LocalQuota(parse_rate(rate))
+    try:
+        return SharedQuota(parse_rate(rate), redis_url)
+    except Exception:  # of many kinds, some of which show the password
+        raise ValueError("SERVE_REDIS_URL is no URL of a Redis, like redis://host:6379/0") from None

@@ -36,6 +36,7 @@ class Record:
     """True once the last byte of the answer was sent."""
     started: float = field(default_factory=time.monotonic)
     prompt_tokens: int = 0
+    """Of generations that got a slot."""
     cached_tokens: int = 0
     completion_tokens: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
@@ -50,7 +51,7 @@ class Record:
 
     def add(self, report: Report) -> None:
         """Add up what its generations took."""
-        self.prompt_tokens += report.prompt_tokens
+        self.prompt_tokens += 0 if report.timings.admitted is None else report.prompt_tokens
         self.cached_tokens += report.cached_tokens
         self.completion_tokens += report.completion_tokens
         self.finish_reasons[report.finish_reason] += 1

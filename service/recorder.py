@@ -12,6 +12,8 @@ from service.record import MAX_PATH, Record, current_record
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 """What a caller may name a request; anything else gets an id of ours."""
 
+SHARED = re.compile(r"/c/[^/]+")
+
 MAX_TEXT = 100_000
 """Bytes of a request or an answer that are kept for the log."""
 
@@ -39,7 +41,7 @@ class Recorder:
         record = Record(
             id=wanted_id if REQUEST_ID.fullmatch(wanted_id) else uuid.uuid4().hex,
             method=scope["method"],
-            path=scope.get("raw_path", b"").decode("latin-1")[:MAX_PATH],
+            path=path_of(scope),
             client=scope["client"][0] if scope.get("client") else "",
         )
         scope.setdefault("state", {})["record"] = record
@@ -71,6 +73,12 @@ class Recorder:
                 record.answer_text = b"".join(answered).decode(errors="replace")
             self._tell(record)
             current_record.reset(token)
+
+
+def path_of(scope: Scope) -> str:
+    """The path as it was sent, less what a proxy strips, and less the options in a share link."""
+    path = scope.get("raw_path", b"").decode("latin-1").removeprefix(scope.get("root_path", ""))
+    return SHARED.sub("/c/…", path)[:MAX_PATH]
 
 
 def _keep(pieces: MutableSequence[bytes], message: Message) -> None:

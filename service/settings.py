@@ -1,6 +1,7 @@
 """What a user can set: by flag, by `SERVE_*` in the environment, or in `.env`; first found."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -42,6 +43,17 @@ def _numbers(kind: type[float]) -> AfterValidator:
 
 PerChain = Annotated[str, BeforeValidator(str)]
 """A number for all chains, and others for single ones: `600,chat=300`."""
+
+
+def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            raise ValueError(f"{origin!r} is no origin: https://example.com, without a slash at its end, or *")
+    return origins
+
+
+ORIGIN = re.compile(r"\*|https?://[^/\sA-Z]+")
+"""As browsers send it."""
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 """In the environment and as a flag: separated by commas."""
@@ -112,10 +124,14 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[
         Names,
         AfterValidator(_check_hosts),
-        Field(description="Host names to answer to, *.example.com among them; without keys only loopback's."),
+        Field(
+            description="Host names to answer to, like *.example.com; if none: any with keys or --insecure, else loopback."
+        ),
     ] = ()
     cors_origins: Annotated[
-        Names, Field(description="Origins of other sites whose pages may call, like https://app.example.com.")
+        Names,
+        AfterValidator(_check_origins),
+        Field(description="Origins of other sites whose pages may call, like https://app.example.com."),
     ] = ()
     trusted_proxies: Annotated[
         str, Field(description="Addresses of proxies whose X-Forwarded-For and -Proto are believed.")
@@ -135,12 +151,12 @@ class Settings(BaseSettings):
         ),
     ] = None
     redis_url: Annotated[
-        str,
+        SecretStr,
         Field(
-            pattern=r"^(rediss?://.+)?$",
-            description="Redis that counts both for several processes together, like redis://host:6379/0.",
+            description="Redis where processes that share the load count calls and requests of keys together, like "
+            "redis://host:6379/0."
         ),
-    ] = ""
+    ] = SecretStr("")
     max_queue: Annotated[
         int, Field(ge=0, description="Requests that may wait, when as many run as the model has slots.")
     ] = 64
@@ -219,6 +235,12 @@ class Settings(BaseSettings):
         return self.api_keys_file is not None or bool(self.api_keys.get_secret_value())
 
 
+def is_secret(name: str) -> bool:
+    """Whether a setting must not be shown."""
+    field = Settings.model_fields.get(name)
+    return field is not None and "SecretStr" in str(field.annotation)
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address to listen on is this machine's own alone."""
     try:
@@ -252,5 +274,6 @@ def read_settings(arguments: Sequence[str]) -> Settings:
             name = "_".join(str(part) for part in problem["loc"]).replace("-", "_").lower()
             flag = "--" + name.replace("_", "-")
             trouble = problem["msg"].removeprefix("Value error, ")
-            print(f"serve.py: SERVE_{name.upper()} ({flag}): {trouble}, got {problem['input']!r}", file=sys.stderr)
+            got = "" if is_secret(name) else f", got {problem['input']!r}"
+            print(f"serve.py: SERVE_{name.upper()} ({flag}): {trouble}{got}", file=sys.stderr)
     sys.exit(2)

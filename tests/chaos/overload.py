@@ -165,6 +165,11 @@ class Measured:
         return quantile(self.beyond.first_tokens_s, 0.95) / quantile(self.at_capacity.first_tokens_s, 0.95)
 
     @property
+    def first_token_ratio_when_full(self) -> float:
+        """The same, to capacity with all places taken."""
+        return quantile(self.beyond.first_tokens_s, 0.95) / quantile(self.capacity.first_tokens_s, 0.95)
+
+    @property
     def rate_ratio(self) -> float:
         return self.beyond.rate / self.capacity.rate
 
@@ -178,7 +183,8 @@ class Measured:
                 f"capacity, {SLOTS + QUEUE} clients: {self.capacity}",
                 f"1 x capacity, by chance: {self.at_capacity}",
                 f"{TIMES} x capacity, by chance: {self.beyond}",
-                f"ratio of first token p95: {self.first_token_ratio:.2f}; of answers per second: {self.rate_ratio:.2f}",
+                f"{TIMES} x to 1 x, first token p95: {self.first_token_ratio:.2f} by chance, "
+                f"{self.first_token_ratio_when_full:.2f} with all places taken; answers/s: {self.rate_ratio:.2f}",
             ]
         )
 

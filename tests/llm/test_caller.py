@@ -229,4 +229,6 @@ def test_an_engine_s_answers_are_reported_with_what_they_took(
 
 def test_each_caller_has_a_name_of_its_own() -> None:
     assert Caller().id != Caller().id
-    assert Caller(id="a").id == "a"
+    first, second = (Caller(trace_id="a") for _ in range(2))
+    assert first.trace_id == second.trace_id == "a"
+    assert first.id != second.id, "a name that callers choose does not make two of them one"

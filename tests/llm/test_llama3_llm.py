@@ -265,10 +265,12 @@ def test_requests_carry_their_caller() -> None:
     engine = ScriptedEngine("a" * 1000, token_delay_s=0.01)
     engine.wait_until_ready(30)
     llm = LLaMA3_LLM(engine=engine)
-    token = current_caller.set(Caller(id="request 1", owner="ada", deadline=0.0))
+    caller = Caller(trace_id="request 1", owner="ada", deadline=0.0)
+    token = current_caller.set(caller)
     try:
         request = llm.request("Hi", None, {})
-        assert (request.caller, request.owner, request.deadline) == ("request 1", "ada", 0.0)
+        assert (request.caller, request.trace_id) == (caller.id, "request 1")
+        assert (request.owner, request.deadline) == ("ada", 0.0)
         with pytest.raises(DeadlineExceeded):
             ChatLLaMA3(llm=llm).invoke([HumanMessage("Hi")])
     finally:

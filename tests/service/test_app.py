@@ -104,7 +104,7 @@ async def test_the_code_of_a_request_knows_on_whose_behalf_it_runs() -> None:
         assert caller is not None
         assert caller.deadline is not None
         assert 0 < caller.deadline - time.monotonic() < 100
-        return caller.id
+        return caller.trace_id
 
     app = app_of(joke_chain(RunnableLambda(whoami)), timeout_s=100)
     for _ in range(2):

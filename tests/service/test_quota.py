@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -39,6 +40,10 @@ class RedisServer:
             else:
                 return
         raise TimeoutError("redis-server does not answer")
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -120,6 +125,32 @@ async def test_the_places_of_a_process_that_died_are_free_in_time(redis_server: 
     assert await alive.enter("ada", "2", limit=1, timeout_s=60)
     await dead.close()
     await alive.close()
+
+
+async def test_a_place_that_redis_did_not_hear_of_in_time_is_given_back_when_it_listens_again(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was stopped has run, later, what nobody waited for any more: places were taken for an hour."""
+    monkeypatch.setattr("service.quota.REDIS_PAUSE_S", 0.2)
+    quota = SharedQuota(None, redis_server.url)
+    assert await enter(quota, "ada", "1")
+    redis_server.signal(signal.SIGSTOP)
+    assert await enter(quota, "ada", "2"), "counted here"
+    await quota.leave("ada", "1")
+    await quota.leave("ada", "2")
+    redis_server.signal(signal.SIGCONT)
+    await asyncio.sleep(0.3)
+    assert await enter(quota, "ada", "3", limit=1)
+    with redis.Redis.from_url(redis_server.url) as client:
+        assert client.zrange("llama3-langserve:inside:ada", 0, -1) == [b"3"]
+    await quota.close()
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "redis://:se/cret@h:1/0", "redsi://:secret@h", "nonsense"])
+def test_what_is_no_redis_is_refused_without_showing_its_password(url: str) -> None:
+    with pytest.raises(ValueError, match="SERVE_REDIS_URL is no URL of a Redis") as caught:
+        open_quota("", url)
+    assert "cret" not in str(caught.value)
 
 
 async def test_without_redis_each_process_counts_for_itself(

@@ -68,6 +68,11 @@ async def test_a_record_tells_who_what_and_how_it_ended() -> None:
     assert (record.request_text, record.answer_text) == (None, None)
 
 
+async def test_the_options_in_a_share_link_are_not_told() -> None:
+    _, record = await call(path="/chat/c/N4IgdghgtgpiBcIDCBLAJgGxAXyA/invoke")
+    assert record.path == "/chat/c/…/invoke"
+
+
 async def test_texts_are_kept_where_they_are_asked_for() -> None:
     _, record = await call(keeps_texts=True)
     assert (record.request_text, record.answer_text) == ("secret question", "secret answer")

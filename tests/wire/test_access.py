@@ -232,6 +232,13 @@ def test_beyond_this_machine_it_does_not_start_without_keys(host: str, tmp_path:
     assert "--insecure" in line
 
 
+def test_a_key_can_be_made_where_there_is_none_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVE_HOST", "0.0.0.0")
+    monkeypatch.setenv("SERVE_API_KEYS_FILE", str(tmp_path / "keys"))
+    assert keys("add", "ada").stdout.startswith("llama-")
+    assert keys("list").stdout == "ada\n"
+
+
 @pytest.mark.parametrize("settings", [{"insecure": "true"}, {"api_keys": f"ada:{GIVEN}"}])
 def test_beyond_this_machine_it_starts_with_keys_or_if_told_to(tmp_path: Path, settings: dict[str, Any]) -> None:
     with Server(tmp_path / "log", script="tests/scripted_server.py", host="0.0.0.0", **settings) as server:
@@ -247,6 +254,7 @@ def test_beyond_this_machine_it_starts_with_keys_or_if_told_to(tmp_path: Path, s
         ({"api_keys": "ada"}, "SERVE_API_KEYS"),
         ({"api_keys": "ada:short"}, "16 or more"),
         ({"api_keys_file": "/nowhere/keys"}, "/nowhere/keys"),
+        ({"redis_url": "redis://:shorty/@h:1/0"}, "SERVE_REDIS_URL is no URL"),
         ({"max_batch": "3,chta=2"}, "there is no chain 'chta'"),
     ],
 )
