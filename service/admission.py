@@ -44,6 +44,7 @@ class Admission:
         self._max_concurrent = max_concurrent
         self._has_keys = has_keys
         self._callers: set[Caller] = set()
+        self._working: set[Caller] = set()  # those among them whose bodies were read
         self._left: deque[float] = deque(maxlen=NUM_LEAVINGS)
         self._drained_at = math.inf
 
@@ -59,8 +60,8 @@ class Admission:
 
     @property
     def is_drained(self) -> bool:
-        """True once the service can stop: all have left, or had the time for it."""
-        return self.is_draining and (not self._callers or time.monotonic() >= self._drained_at)
+        """True once the service can stop: all that had begun have left, or had the time for it."""
+        return self.is_draining and (not self._working or time.monotonic() >= self._drained_at)
 
     async def knock(self, key: str) -> None:
         """Count a call, and raise why it cannot be let in now: cheaply, before anybody reads its body."""
@@ -95,6 +96,12 @@ class Admission:
                 self._left.append(time.monotonic())
         finally:
             self._callers.discard(caller)
+            self._working.discard(caller)
+
+    def start(self, caller: Caller) -> None:
+        """Let a request that has a place begin; from now on a drain waits for it. Raises `ShuttingDown`."""
+        self._check_draining()
+        self._working.add(caller)
 
     async def close(self) -> None:
         """Let go of what the quota holds."""
@@ -116,9 +123,12 @@ class Admission:
         num_places = self._num_places()
         return self._max_concurrent or (math.ceil(num_places / 2) if self._has_keys else num_places)
 
-    def _check_room(self) -> None:
+    def _check_draining(self) -> None:
         if self.is_draining:
             raise ShuttingDown("the service was told to stop: send this to another one, or later")
+
+    def _check_room(self) -> None:
+        self._check_draining()
         _ = self._engine.checkpoint  # raises if there is no model, or not yet
         num_places = self._num_places()
         if self.num_inside >= num_places:

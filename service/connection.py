@@ -66,6 +66,10 @@ class HeadTooLarge(Exception):
     """From within the parser: more than `MAX_HEAD`."""
 
 
+class Pipelined(Exception):
+    """From within the parser: a request that comes before the one before it was answered."""
+
+
 class Connection(HttpToolsProtocol):
     """One connection. It is looked at now and then, from `connection_made` to `connection_lost`."""
 
@@ -101,12 +105,19 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserUpgrade:
             self.cycle.keep_alive = False  # answered as if it had not asked for one; the parser takes no more
         except httptools.HttpParserError as error:  # with what a callback raised as its context
+            if isinstance(error.__context__, Pipelined):
+                self.cycle.keep_alive = False  # its sender may ask again elsewhere; see `on_message_begin`
+                self._is_refused = True
+                return
             self._refuse(HEAD_TOO_LARGE if isinstance(error.__context__, HeadTooLarge) else BAD_REQUEST)
         else:
             if self._num_loose > MAX_HEAD:
                 self._refuse(HEAD_TOO_LARGE)
 
     def on_message_begin(self) -> None:
+        if self._is_answering():
+            # uvicorn would stop reading until it is answered, and not notice that the peer has gone away.
+            raise Pipelined
         super().on_message_begin()
         self._num_loose = 0  # what is read along with a head's first byte may not be its own, and is not counted
         if self._head_since is None:

@@ -86,6 +86,7 @@ class Door:
         request.state.work.deadline = anyio.current_time() + timeout_s + GRACE_S
         async with self._admission.place(caller, timeout_s=timeout_s + 2 * GRACE_S):
             body, wanted = await self._read(request)
+            self._admission.start(caller)
             current_caller.set(caller)  # this request's task and its children see it
             # What LangServe will read: with the options of a share link merged in (it would lose them), without the
             # rest.

@@ -1,5 +1,7 @@
 """How the service stops: it lets nobody in any more, those inside finish, and then it is gone. Knows uvicorn."""
 
+import asyncio
+import contextvars
 import logging
 import os
 import signal
@@ -9,10 +11,14 @@ from contextlib import suppress
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.admission import Admission
 
 log = logging.getLogger(__name__)
+
+CUT_AFTER_S = 1.0
+"""How long whoever was told that it is over has to read it."""
 
 CLOSE_TIMEOUT_S = 5
 """How long connections may take to be closed once nobody is served any more."""
@@ -34,6 +40,9 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, or do it at once."""
+        contextvars.Context().run(self._stop, sig)  # it comes amid some request, whose log line this is not
+
+    def _stop(self, sig: int) -> None:
         name = signal.Signals(sig).name
         if self._admission.is_draining:
             with suppress(RuntimeError):  # the signal may have come in the middle of a line
@@ -54,7 +63,14 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close everything. A thread in which a chain hangs is not waited for, as Python would."""
+        asyncio.get_running_loop().call_later(CUT_AFTER_S, self._cut)
         await super().shutdown(sockets)
         last = threading.Timer(CLOSE_TIMEOUT_S, os._exit, (self.exit_code,))
         last.daemon = True
         last.start()
+
+    def _cut(self) -> None:
+        """Those who do not read or send end as if they had left; uvicorn would cancel them, with a traceback each."""
+        for connection in tuple(self.server_state.connections):
+            if isinstance(connection, HttpToolsProtocol):
+                connection.transport.abort()

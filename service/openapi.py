@@ -74,6 +74,8 @@ def _mended(description: dict[str, Any], *, has_keys: bool) -> dict[str, Any]:
             operations["get"]["security"] = []
         for method, operation in operations.items():
             if method == "post":
+                if "/stream" in path:
+                    operation["responses"]["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
                 for status, what in REFUSALS.items():
                     content = {"application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}}
                     operation["responses"].setdefault(status, {"description": what, "content": content})

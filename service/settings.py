@@ -124,9 +124,7 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[
         Names,
         AfterValidator(_check_hosts),
-        Field(
-            description="Host names to answer to, like *.example.com; if none: any with keys or --insecure, else loopback."
-        ),
+        Field(description="Host names to answer to, like *.example.com; if none: any with keys, else loopback."),
     ] = ()
     cors_origins: Annotated[
         Names,

@@ -40,6 +40,7 @@ async def enter(admission: Admission, stack: AsyncExitStack, owner: str = "", ca
     caller = caller or Caller(owner=owner)
     await admission.knock(caller.owner)
     await stack.enter_async_context(admission.place(caller, timeout_s=60))
+    admission.start(caller)
     return caller
 
 
@@ -127,6 +128,18 @@ async def test_while_draining_nobody_is_let_in_and_those_inside_finish(
         with pytest.raises(ShuttingDown):
             await stack.enter_async_context(admission.place(Caller(), timeout_s=60))
     assert admission.is_drained
+
+
+async def test_nobody_waits_for_a_body_that_was_half_sent_when_the_drain_began(
+    open_admission: Callable[..., Admission],
+) -> None:
+    admission = open_admission()
+    caller = Caller()
+    async with admission.place(caller, timeout_s=60):
+        admission.drain(60)
+        assert admission.is_drained
+        with pytest.raises(ShuttingDown):
+            admission.start(caller)
 
 
 async def test_when_the_time_is_up_those_inside_are_told_so(

@@ -190,7 +190,7 @@ def test_half_a_second_head_does_not_disturb_the_first_answer(world: World) -> N
         client.sendall(get("/slow") + b"GET /two HTTP/1.1\r\nHost")
         answer, _, rest = read_all(client).partition(b"\r\n0\r\n\r\n")
         assert answer.endswith(b"/slow ")
-        assert problem_in(rest) == (408, "timeout")
+        assert rest == b""
 
 
 def test_a_request_outlasts_the_keep_alive_of_the_one_before() -> None:
@@ -251,13 +251,14 @@ def test_a_connection_serves_many_requests(world: World) -> None:
             assert b"/echo hello" in read_answer(client)
 
 
-def test_pipelined_requests_are_answered_in_order(world: World) -> None:
-    paths = [f"/{number}" for number in range(50)]
+def test_of_pipelined_requests_the_first_is_answered_and_then_the_connection_closes(world: World) -> None:
+    """uvicorn would stop reading until the first is answered, and not notice a peer that goes away meanwhile. Whoever
+    sends several at once has to be ready to send them again (RFC 9112, 9.3.2)."""
     with world.connect() as client:
-        client.sendall(b"".join(map(get, paths)) + get("/last", close=True))
-        answers = read_all(client)
-        places = [answers.index(f"\r\n{path} ".encode()) for path in [*paths, "/last"]]
-        assert places == sorted(places)
+        client.sendall(get("/slow") + get("/two") + get("/three"))
+        answer, _, rest = read_all(client).partition(b"\r\n0\r\n\r\n")
+        assert answer.endswith(b"/slow ")
+        assert rest == b""
 
 
 @pytest.mark.parametrize("garbage", [b"GARBAGE\r\n\r\n", b"\x16\x03\x01\x02\x00", b"CONNECT a:1 HTTP/1.1\r\n\r\n"])
@@ -270,7 +271,7 @@ def test_garbage_is_answered_400(world: World, garbage: bytes) -> None:
 def test_garbage_amid_an_answer_is_not_answered_in_its_midst(world: World) -> None:
     with world.connect() as client:
         client.sendall(get("/slow") + b"GARBAGE\r\n\r\n")
-        assert read_all(client) == b""
+        assert read_all(client).endswith(b"/slow \r\n0\r\n\r\n")
 
 
 def test_an_endless_header_is_answered_431(world: World) -> None:

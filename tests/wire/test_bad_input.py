@@ -354,10 +354,10 @@ def test_a_million_mistakes_are_as_quick_to_refuse_as_one(client: httpx.Client, 
         assert response.elapsed.total_seconds() < 1
 
 
-@pytest.mark.parametrize("setting", ["timeout_s", "idle_timeout_s"])
-def test_a_body_that_does_not_come_is_not_waited_for_for_ever(tmp_path: Path, setting: Any) -> None:
+@pytest.mark.parametrize("settings", [{"timeout_s": "0.5"}, {"idle_timeout_s": "0.5"}])
+def test_a_body_that_does_not_come_is_not_waited_for_for_ever(tmp_path: Path, settings: dict[str, Any]) -> None:
     with (
-        Server(tmp_path / "log", script="tests/scripted_server.py", **{setting: "0.5"}) as server,
+        Server(tmp_path / "log", script="tests/scripted_server.py", **settings) as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection,
     ):
         connection.sendall(b"POST /translate/invoke HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
