@@ -33,6 +33,16 @@ KEY_SCHEMES = {
 }
 """The ways to give a key, any one of them."""
 
+EVENT = {
+    "title": "Server-sent event",
+    "type": "object",
+    "properties": {
+        "event": {"type": "string", "enum": ["metadata", "data", "error", "end"]},
+        "data": {"type": "string", "description": "JSON; of an error, what a refusal's body has."},
+    },
+    "required": ["event"],
+}
+
 REFUSALS = {
     "400": "The body cannot be read.",
     "401": "There is no key, or it is not valid.",
@@ -75,7 +85,7 @@ def _mended(description: dict[str, Any], *, has_keys: bool) -> dict[str, Any]:
         for method, operation in operations.items():
             if method == "post":
                 if "/stream" in path:
-                    operation["responses"]["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+                    operation["responses"]["200"]["content"] = {"text/event-stream": {"schema": EVENT}}
                 for status, what in REFUSALS.items():
                     content = {"application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}}
                     operation["responses"].setdefault(status, {"description": what, "content": content})

@@ -24,7 +24,7 @@ from tests.bench.mix import ASKS_PER_RUN, OPTIONS, mix
 from tests.chaos.client import Outcome, ask, request
 from tests.server import Server
 
-SLOTS, QUEUE = 16, 4
+SLOTS, QUEUE = 16, 2
 TIMES = 4
 """How much more than it can take."""
 

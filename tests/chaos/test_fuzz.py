@@ -57,9 +57,12 @@ def send_cases(server: Server, *, per_operation: int, key: str | None) -> Counte
             if response.status_code >= 400:
                 assert_refused(response.status_code, response.headers["x-request-id"][0], response.json())
                 return
-            checks = [not_a_server_error, response_schema_conformance, response_headers_conformance]
-            if "stream" not in case.operation.path:  # LangServe describes those as if they were JSON
-                checks.append(content_type_conformance)
+            checks = [
+                not_a_server_error,
+                response_schema_conformance,
+                response_headers_conformance,
+                content_type_conformance,
+            ]
             case.validate_response(response, checks=checks)
 
         send()
