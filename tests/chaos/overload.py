@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from statistics import median
 
 from tests.bench.mix import ASKS_PER_RUN, OPTIONS, mix
 from tests.chaos.client import Outcome, ask, request
@@ -70,8 +71,8 @@ class Figures:
 
 
 def _spread(values_s: Sequence[float]) -> str:
-    median, most, longest = (1000 * quantile(values_s, share) for share in (0.5, 0.95, 1))
-    return f"p50 {median:.0f} ms, p95 {most:.0f} ms, max {longest:.0f} ms"
+    middle, most, longest = (1000 * quantile(values_s, share) for share in (0.5, 0.95, 1))
+    return f"p50 {middle:.0f} ms, p95 {most:.0f} ms, max {longest:.0f} ms"
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -189,25 +190,53 @@ class Measured:
         )
 
 
-def measure(server: Server, *, seconds: float) -> Measured:
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """The same several times, and the medians of its ratios."""
+
+    repeats: Sequence[Measured]
+
+    @property
+    def first_token_ratio(self) -> float:
+        return median(measured.first_token_ratio for measured in self.repeats)
+
+    @property
+    def rate_ratio(self) -> float:
+        return median(measured.rate_ratio for measured in self.repeats)
+
+    @property
+    def refusal_p95_s(self) -> float:
+        return max(measured.refusal_p95_s for measured in self.repeats)
+
+    def __str__(self) -> str:
+        said = f"medians: first token p95 {self.first_token_ratio:.2f}, answers/s {self.rate_ratio:.2f}"
+        return "\n".join([*map(str, self.repeats), said])
+
+
+def measure(server: Server, *, seconds: float, repeats: int) -> Repeated:
     """Find out the capacity, and what happens at that rate and far beyond it."""
-    apart(closed_loop, server.port, asks(0), clients=SLOTS, seconds=seconds / 4)  # warm-up
-    capacity = apart(closed_loop, server.port, asks(1), clients=SLOTS + QUEUE, seconds=seconds)
-    at_capacity = apart(open_loop, server.port, asks(2), rate=capacity.rate, seconds=seconds)
-    beyond = apart(open_loop, server.port, asks(3), rate=TIMES * capacity.rate, seconds=seconds)
-    return Measured(capacity, at_capacity, beyond)
+    apart(closed_loop, server.port, asks(0), clients=SLOTS, seconds=15)  # warm-up
+    measured: list[Measured] = []
+    for repeat in range(repeats):
+        new = [asks(1 + 3 * repeat + run) for run in range(3)]
+        capacity = apart(closed_loop, server.port, new[0], clients=SLOTS + QUEUE, seconds=seconds)
+        at_capacity = apart(open_loop, server.port, new[1], rate=capacity.rate, seconds=seconds)
+        beyond = apart(open_loop, server.port, new[2], rate=TIMES * capacity.rate, seconds=seconds)
+        measured.append(Measured(capacity, at_capacity, beyond))
+    return Repeated(measured)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.overload", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60, help="length of each of the three runs")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as directory,
         Server(Path(directory) / "log", max_slots=str(SLOTS), max_queue=str(QUEUE)) as server,
     ):
-        print(measure(server, seconds=seconds))
+        print(measure(server, seconds=arguments.seconds, repeats=arguments.repeats))
 
 
 if __name__ == "__main__":
