@@ -25,7 +25,7 @@ serve: .venv/installed
 	@exec $(BIN)/python serve.py $(ARGS)
 
 test: .venv/installed-dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: .venv/installed-dev
 	@$(BIN)/ruff check .

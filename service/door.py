@@ -64,7 +64,9 @@ class Door:
         """Let a request through, or raise why not."""
         record = record_of(request.scope)
         record.chain, record.key = self._chain.name, request.state.key
+        config_hash = request.path_params.get("config_hash")
         if request.method != "POST":
+            shared_options(config_hash)
             # Pages and schemas are the same whatever the options. The form playground asks for its input schema with
             # every state of its options, half-typed ones too, and drops what was typed at a refusal.
             if "config_hash" in request.path_params:
@@ -85,7 +87,7 @@ class Door:
         # Generations end at the caller's deadline, and say so; this ends whatever else a chain may do.
         request.state.work.deadline = anyio.current_time() + timeout_s + GRACE_S
         async with self._admission.place(caller, timeout_s=timeout_s + 2 * GRACE_S):
-            body, wanted = await self._read(request)
+            body, wanted = await self._read(request, config_hash)
             self._admission.start(caller)
             current_caller.set(caller)  # this request's task and its children see it
             # What LangServe will read: with the options of a share link merged in (it would lose them), without the
@@ -94,10 +96,10 @@ class Door:
             request._json = {**body, "config": configs if "inputs" in body else configs[0], "kwargs": {}}
             yield
 
-    async def _read(self, request: Request) -> tuple[dict[str, Any], list[Call]]:
+    async def _read(self, request: Request, config_hash: str | None) -> tuple[dict[str, Any], list[Call]]:
         """Read the body, and hold everything in it against its types and limits."""
         limits = self._limits
-        shared = shared_options(request.path_params.get("config_hash"))
+        shared = shared_options(config_hash)
         validate("config_hash.configurable", self._options_type, shared)
         try:
             with anyio.fail_after(limits.timeout_s):

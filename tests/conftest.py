@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -5,6 +6,9 @@ import pytest
 
 from tests.server import Server
 from tests.tiny_llama3 import build_tiny_llama3
+
+# Two tests run at once: torch's threads that wait must not keep the other one from its core. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")

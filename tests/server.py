@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from random import randrange
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +19,7 @@ from langserve import RemoteRunnable
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 120
+PORTS_PER_WORKER = 3_000
 
 
 class Server:
@@ -108,7 +111,10 @@ class Server:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody has, and nobody gets by chance: below those that the system gives out, and this worker's."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 20_000 + worker * PORTS_PER_WORKER + randrange(PORTS_PER_WORKER)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -746,11 +746,11 @@ def test_an_engine_that_fails_again_and_again_is_dead(start: Start) -> None:
             engine.generate(ask("a")).whole()
         assert engine.health().restarts == restarts + 1
     runner.on["admit"] = raiser(RuntimeError("broken"))
-    with pytest.raises(EngineDead, match="the engine has stopped: RuntimeError: broken"):
+    with pytest.raises(EngineDead, match=r"the engine has stopped: RuntimeError$"):
         engine.generate(ask("a")).whole()
 
     assert engine.health().state is EngineState.DEAD
-    assert engine.health().error == "RuntimeError: broken"
+    assert engine.health().error == "RuntimeError"
     with pytest.raises(EngineDead):
         engine.generate(ask("a"))
     engine.close()
@@ -793,7 +793,7 @@ def test_an_engine_that_cannot_be_reset_is_dead(start: Start) -> None:
         engine.generate(ask("a")).whole()
 
     eventually(lambda: engine.health().state is EngineState.DEAD)
-    assert engine.health().error == "RuntimeError: cannot"
+    assert engine.health().error == "RuntimeError"
 
 
 def test_when_the_thread_dies_all_are_told_at_once(start: Start) -> None:
@@ -802,7 +802,7 @@ def test_when_the_thread_dies_all_are_told_at_once(start: Start) -> None:
     runner.on["decode a"] = raiser(SystemExit("out of everything"))
 
     for generation in submit(engine, ask("a"), ask("b")):
-        with pytest.raises(EngineDead, match="out of everything"):
+        with pytest.raises(EngineDead, match="SystemExit"):
             generation.whole()
 
     health = engine.health()

@@ -3,7 +3,6 @@
 import asyncio
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -13,15 +12,14 @@ import pytest
 import redis
 
 from service.quota import LocalQuota, Quota, SharedQuota, open_quota, parse_rate
+from tests.server import free_port
 
 REDIS = shutil.which("redis-server")
 
 
 class RedisServer:
     def __init__(self, directory: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
