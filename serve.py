@@ -15,11 +15,11 @@ from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine
 from llm.engine import Engine, EngineState
 from llm.errors import LLMError
 from service.app import create_app
-from service.connection import keep_alive, timed_protocol
-from service.draining import DrainingServer
-from service.keys import KeysError
-from service.keys_command import manage
-from service.logs import start_logging
+from service.entry.keys import KeysError
+from service.entry.keys_command import manage
+from service.records.logs import start_logging
+from service.server.connection import keep_alive, timed_protocol
+from service.server.draining import DrainingServer
 from service.settings import Settings, SettingsError, read_settings
 
 SWITCH_INTERVAL_S = 0.0005

@@ -15,23 +15,23 @@ from starlette.middleware.cors import CORSMiddleware
 
 from chains import Chain
 from llm.engine import Engine
-from service.access import Access
-from service.admission import Admission
 from service.boundary import ErrorBoundary, answer_error
-from service.disconnect import CancelOnDisconnect
-from service.door import Check, Door
+from service.entry.access import Access
+from service.entry.admission import Admission
+from service.entry.door import Check, Door
+from service.entry.keys import KeyRing
+from service.entry.quota import open_quota
 from service.errors import Refusal
-from service.headers import AnswerHead, SecurityHeaders
 from service.health import health_router
-from service.keys import KeyRing
-from service.logs import log_request
-from service.metrics import Metrics, metrics_router
 from service.openapi import describe_api
-from service.pages import add_pages
-from service.quota import open_quota
-from service.record import Record
-from service.recorder import Recorder
+from service.pages.headers import AnswerHead, SecurityHeaders
+from service.pages.index import add_pages
+from service.records.logs import log_request
+from service.records.metrics import Metrics, metrics_router
+from service.records.record import Record
+from service.records.recorder import Recorder
 from service.routes import host
+from service.server.disconnect import CancelOnDisconnect
 from service.settings import Settings, SettingsError
 
 

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import INTERNAL, Problem, describe
-from service.record import record_of
+from service.records.record import record_of
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from llm.engine import Engine, EngineHealth, EngineState
-from service.admission import Admission
+from service.entry.admission import Admission
 
 
 def health_router(engine: Engine, admission: Admission) -> APIRouter:

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from service.access import FOR_EVERYBODY
+from service.entry.access import FOR_EVERYBODY
 
 ERROR = {
     "title": "Error",

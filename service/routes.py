@@ -7,8 +7,8 @@ from langserve import add_routes
 from langserve.serialization import WellKnownLCSerializer
 
 from chains import Chain
-from service.door import Door
-from service.playground import add_playground
+from service.entry.door import Door
+from service.pages.playground import add_playground
 
 TAKEN = ("docs", "health", "metrics", "ready", "static", "static-offline-docs")
 

@@ -13,9 +13,9 @@ from dotenv import dotenv_values
 from pydantic import AfterValidator, BeforeValidator, Field, FilePath, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, NoDecode, SettingsConfigDict
 
-from service.access import host_pattern
-from service.limits import Limits, limit_of, parse_per_chain
-from service.quota import parse_rate
+from service.entry.access import host_pattern
+from service.entry.limits import Limits, limit_of, parse_per_chain
+from service.entry.quota import parse_rate
 
 
 def _split(value: object) -> object:

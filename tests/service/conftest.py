@@ -4,7 +4,7 @@ from io import StringIO
 
 import pytest
 
-from service.logs import log_handler
+from service.records.logs import log_handler
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.keys import KeyRing, KeysError
-from service.keys_command import manage
+from service.entry.keys import KeyRing, KeysError
+from service.entry.keys_command import manage
 
 ADA = "llama-the-key-of-ada"
 BEA = "llama-the-key-of-bea"
@@ -330,7 +330,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
 
 def test_keys_that_are_added_at_once_are_all_there(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    script = "import sys; from service.keys_command import manage; sys.exit(manage(sys.argv[1:], None))"
+    script = "import sys; from service.entry.keys_command import manage; sys.exit(manage(sys.argv[1:], None))"
     running = [
         subprocess.Popen([sys.executable, "-c", script, "add", f"name{n}", "--file", file], stdout=subprocess.PIPE)
         for n in range(8)

@@ -7,7 +7,7 @@ from collections.abc import Callable, MutableSequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.record import MAX_PATH, Record, current_record
+from service.records.record import MAX_PATH, Record, current_record
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 """What a caller may name a request; anything else gets an id of ours."""

@@ -14,8 +14,8 @@ from prometheus_client.registry import Collector
 
 from llm.caller import Report
 from llm.engine import Engine, EngineState
-from service.admission import Admission
-from service.record import Record
+from service.entry.admission import Admission
+from service.records.record import Record
 
 CALLER = ("chain", "key")
 

@@ -11,9 +11,9 @@ from llm.caller import Caller
 from llm.engine import Request
 from llm.errors import EngineLoading, ShuttingDown
 from llm.sampling import Sampling
-from service.admission import Admission
+from service.entry.admission import Admission
+from service.entry.quota import LocalQuota, parse_rate
 from service.errors import Refusal
-from service.quota import LocalQuota, parse_rate
 
 SLOTS = 2
 
@@ -203,7 +203,7 @@ async def test_retry_after_grows_with_how_slowly_places_become_free(
     open_admission: Callable[..., Admission], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("service.admission.time.monotonic", lambda: now)
+    monkeypatch.setattr("service.entry.admission.time.monotonic", lambda: now)
 
     async def retry_after(each_s: float) -> int:
         nonlocal now

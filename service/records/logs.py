@@ -9,7 +9,7 @@ from typing import Any, Literal, TextIO
 
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from service.record import Record, current_record
+from service.records.record import Record, current_record
 
 log = logging.getLogger("service.requests")
 

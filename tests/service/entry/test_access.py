@@ -10,9 +10,9 @@ from fastapi import FastAPI
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.access import Access
+from service.entry.access import Access
+from service.entry.keys import KeyRing, digest_of
 from service.errors import Refusal
-from service.keys import KeyRing, digest_of
 
 KEY = "llama-the-key-of-ada"
 OTHER = "llama-the-key-of-bea"

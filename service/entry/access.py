@@ -13,8 +13,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm.errors import shown
+from service.entry.keys import KeyRing
 from service.errors import Refusal
-from service.keys import KeyRing
 
 FOR_EVERYBODY = ("/health", "/ready")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")

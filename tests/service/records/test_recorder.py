@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llm.caller import Report
 from llm.generation import Timings
 from service.errors import Problem
-from service.logs import log_handler, log_request
-from service.record import Record, current_record, record_of
-from service.recorder import Recorder
+from service.records.logs import log_handler, log_request
+from service.records.record import Record, current_record, record_of
+from service.records.recorder import Recorder
 
 
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:

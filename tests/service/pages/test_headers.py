@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from service.headers import AnswerHead, SecurityHeaders, policy
+from service.pages.headers import AnswerHead, SecurityHeaders, policy
 
 POLICY = "Content-Security-Policy"
 

@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, create_model
 from chains import Chain
 from llm.caller import Caller, Report, current_caller
 from llm.errors import InvalidMessage, InvalidOption
-from service.admission import Admission
-from service.body import BODIES, Call, calls, read_json, shared_options, validate
+from service.entry.admission import Admission
+from service.entry.body import BODIES, Call, calls, read_json, shared_options, validate
+from service.entry.limits import Limits
 from service.errors import Refusal
-from service.limits import Limits
-from service.metrics import Metrics
-from service.record import Record, record_of
+from service.records.metrics import Metrics
+from service.records.record import Record, record_of
 
 GRACE_S = 2.0
 """How long after its deadline a request may take to say so."""

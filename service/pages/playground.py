@@ -16,8 +16,8 @@ from fastapi.params import Depends
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
 from chains import Chain
-from service.headers import policy
-from service.pages import root_of
+from service.pages.headers import policy
+from service.pages.index import root_of
 
 FOLDERS = {"default": "playground", "chat": "chat_playground"}
 

@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.admission import Admission
+from service.entry.admission import Admission
 
 log = logging.getLogger(__name__)
 

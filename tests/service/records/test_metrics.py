@@ -9,11 +9,11 @@ from llm import ScriptedEngine
 from llm.caller import Report
 from llm.errors import GenerationFailed
 from llm.generation import Timings
-from service.admission import Admission
+from service.entry.admission import Admission
+from service.entry.quota import LocalQuota
 from service.errors import Problem
-from service.metrics import Metrics, metrics_router
-from service.quota import LocalQuota
-from service.record import Record
+from service.records.metrics import Metrics, metrics_router
+from service.records.record import Record
 
 ADA = {"chain": "chat", "key": "ada"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from service.quota import LocalQuota, Quota, SharedQuota, open_quota, parse_rate
+from service.entry.quota import LocalQuota, Quota, SharedQuota, open_quota, parse_rate
 from tests.server import free_port
 
 REDIS = shutil.which("redis-server")
@@ -129,7 +129,7 @@ async def test_a_place_that_redis_did_not_hear_of_in_time_is_given_back_when_it_
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that was stopped has run, later, what nobody waited for any more: places were taken for an hour."""
-    monkeypatch.setattr("service.quota.REDIS_PAUSE_S", 0.2)
+    monkeypatch.setattr("service.entry.quota.REDIS_PAUSE_S", 0.2)
     quota = SharedQuota(None, redis_server.url)
     assert await enter(quota, "ada", "1")
     redis_server.signal(signal.SIGSTOP)
@@ -154,7 +154,7 @@ def test_what_is_no_redis_is_refused_without_showing_its_password(url: str) -> N
 async def test_without_redis_each_process_counts_for_itself(
     redis_server: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.quota.REDIS_PAUSE_S", 0.2)
+    monkeypatch.setattr("service.entry.quota.REDIS_PAUSE_S", 0.2)
     quota = SharedQuota(parse_rate("1000/minute"), redis_server.url)
     assert await enter(quota, "ada", "1", limit=1)
     redis_server.stop()

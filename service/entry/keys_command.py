@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from service.keys import NAME, digest_of, is_of, read_key_file, read_lines
+from service.entry.keys import NAME, digest_of, is_of, read_key_file, read_lines
 
 PREFIX = "llama-"
 """Of the keys made here, so that people and secret scanners recognise them."""

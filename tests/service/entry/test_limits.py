@@ -1,6 +1,6 @@
 import pytest
 
-from service.limits import limit_of, parse_per_chain
+from service.entry.limits import limit_of, parse_per_chain
 from service.settings import Settings, SettingsError
 
 

@@ -15,8 +15,8 @@ import anyio
 from llm.caller import Caller
 from llm.engine import Engine
 from llm.errors import ShuttingDown
+from service.entry.quota import Quota
 from service.errors import Refusal
-from service.quota import Quota
 
 MAX_RETRY_AFTER_S = 60
 NUM_LEAVINGS = 32

@@ -20,7 +20,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.connection import MAX_HEAD, keep_alive, timed_protocol
+from service.server.connection import MAX_HEAD, keep_alive, timed_protocol
 
 IDLE_TIMEOUT_S = 1.0
 PATIENCE_S = 30
@@ -156,7 +156,7 @@ def test_who_sends_nothing_is_closed_without_a_word(world: World) -> None:
 
 
 def test_half_a_head_is_answered_408_and_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "service.connection"), world.connect() as client:
+    with caplog.at_level(logging.INFO, "service.server.connection"), world.connect() as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: ")
         answer = read_all(client)
         assert problem_in(answer) == (408, "timeout")
@@ -217,7 +217,7 @@ def test_a_request_at_work_in_silence_is_let_be(world: World) -> None:
 
 
 def test_a_reader_who_stalls_is_cut_and_its_work_with_it(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "service.connection"), world.connect(receive_buffer=4096) as client:
+    with caplog.at_level(logging.INFO, "service.server.connection"), world.connect(receive_buffer=4096) as client:
         client.sendall(get("/endless"))
         wait_until(lambda: world.disconnected == ["/endless"])
         wait_until(lambda: world.num_held() == 0)

@@ -1,0 +1,1 @@
+"""What is told of requests: records, log lines, metrics."""
