@@ -93,7 +93,8 @@ class Admission:
                 caller.end()
                 with anyio.CancelScope(shield=True):
                     await self._quota.leave(caller.owner, caller.id)
-                self._left.append(time.monotonic())
+                if caller in self._working:  # one that was refused for what it asked tells nothing
+                    self._left.append(time.monotonic())
         finally:
             self._callers.discard(caller)
             self._working.discard(caller)
