@@ -18,7 +18,7 @@ from service.app import create_app
 from service.entry.keys import KeysError
 from service.entry.keys_command import manage
 from service.records.logs import start_logging
-from service.server.connection import keep_alive, timed_protocol
+from service.server.connection import allow_many, keep_alive, timed_protocol
 from service.server.draining import DrainingServer
 from service.settings import Settings, SettingsError, read_settings
 
@@ -63,6 +63,7 @@ def listen(settings: Settings) -> socket.socket:
         where = f"port {settings.port} of {settings.host}"
         sys.exit(f"serve.py: cannot listen on {where}: {reason}; set SERVE_PORT or SERVE_HOST")
     keep_alive(listener, settings.idle_timeout_s)
+    allow_many()
     return listener
 
 

@@ -21,12 +21,15 @@ from service.errors import Problem
 
 if sys.platform != "win32":
     import fcntl
+    import resource
     import termios
 
 log = logging.getLogger(__name__)
 
 MAX_HEAD = 64 * 1024
 """Bytes of a request's line and headers. httptools takes any number, and so does uvicorn."""
+
+MAX_CONNECTIONS = 65_536
 
 LOOKS_PER_TIMEOUT = 4
 """A connection is looked at this often, and so cut at most two looks late: no timer is set or cancelled per request."""
@@ -60,6 +63,15 @@ def keep_alive(listener: socket.socket, idle_timeout_s: float) -> None:
     ):
         if hasattr(socket, name):
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def allow_many() -> None:
+    """Raise the number of files that this process may have open, each connection being one, as far as it may itself."""
+    if sys.platform != "win32":
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, MAX_CONNECTIONS)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class HeadTooLarge(Exception):

@@ -172,3 +172,10 @@ def test_make_serve_serves_on_the_port_that_it_is_told(tmp_path: Path) -> None:
         body = {"input": HELLO, "config": {"configurable": {"max_tokens": 8}}}
         answer = httpx.post(f"{server.url}/translate/invoke", json=body, timeout=60)
         assert answer.status_code == 200
+
+
+def test_it_may_have_more_connections_than_a_shell_gives_it(tmp_path: Path) -> None:
+    command = ["bash", "-c", f"ulimit -Sn 256; exec {sys.executable} {ROOT}/tests/scripted_server.py"]
+    with Server(tmp_path / "log", command=command) as server:
+        (limit,) = re.findall(r"^process_max_fds (\S+)$", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
+        assert float(limit) > 256
