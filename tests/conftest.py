@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.redis_server import REDIS, RedisServer
 from tests.server import Server
 from tests.tiny_llama3 import build_tiny_llama3
 
@@ -29,3 +30,13 @@ def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
     """The service with a scripted model: see `tests/scripted_server.py`."""
     with Server(tmp_path_factory.mktemp("scripted-server") / "log", script="tests/scripted_server.py") as server:
         yield server
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    if REDIS is None:
+        pytest.skip("redis-server is not installed")
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()

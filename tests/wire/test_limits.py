@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.redis_server import RedisServer
 from tests.server import Server
 
 ENDPOINTS = ("invoke", "batch", "stream", "stream_log", "stream_events")
@@ -147,3 +148,35 @@ def test_a_refusal_says_so_to_langserves_client_too(limited_server: Server) -> N
         chain.invoke(say("Hi!"), too_many)
     with pytest.raises(httpx.HTTPStatusError, match="422"):
         list(chain.stream(say("Hi!"), too_many))
+
+
+async def test_two_processes_that_share_a_redis_count_together(tmp_path: Path, redis_server: RedisServer) -> None:
+    shared: dict[str, Any] = {"api_keys": KEYS, "redis_url": redis_server.url, "max_concurrent": "1"}
+    script = "tests/scripted_server.py"
+    with (
+        Server(tmp_path / "one", script=script, **shared) as one,
+        Server(tmp_path / "two", script=script, **shared) as two,
+    ):
+        async with (
+            httpx.AsyncClient(timeout=30) as client,
+            client.stream(
+                "POST", f"{one.url}/translate/stream", json={"input": say("slow")}, headers={"X-API-Key": ADA}
+            ) as running,
+        ):
+            pieces = running.aiter_raw()
+            await anext(pieces)
+            refused = await asyncio.to_thread(ask, two, "translate/invoke", say("Hi!"))
+            error_of(refused, 429, "too_many_at_once")
+            other = await asyncio.to_thread(ask, two, "translate/invoke", say("Hi!"), key=BOB)
+            assert other.status_code == 200
+        for _ in range(100):
+            if (await asyncio.to_thread(ask, two, "translate/invoke", say("Hi!"))).status_code == 200:
+                break
+            await asyncio.sleep(0.02)
+        else:
+            raise AssertionError("a client that left one process still has its place in the other")
+        redis_server.stop()
+        alone = await asyncio.to_thread(ask, two, "translate/invoke", say("Hi!"))
+        assert alone.status_code == 200, "without Redis each counts for itself"
+    assert "Redis cannot be reached" in two.log.read_text()
+    assert "Traceback" not in two.log.read_text()
