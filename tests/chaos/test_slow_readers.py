@@ -74,12 +74,12 @@ async def test_who_reads_after_a_pause_that_is_not_too_long_gets_everything(impa
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-async def test_a_hundred_stalled_readers_cost_the_service_little(
+async def test_two_hundred_stalled_readers_cost_the_service_little(
     impatient_server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = held(impatient_server)
     figures = []
-    for _ in range(12):
+    for _ in range(24):
         async with stalled(impatient_server, pause_s=None):
             await until(impatient_server, within_s=5, running=STALLED)
             await asyncio.sleep(IDLE_TIMEOUT_S / 2)
@@ -90,6 +90,7 @@ async def test_a_hundred_stalled_readers_cost_the_service_little(
 
     with capsys.disabled():
         print(f"\n{before} before, {max(figures, key=lambda each: each.rss_mib)} at most, {after} after")
-    assert max(each.rss_mib for each in figures) - figures[0].rss_mib < 32
+    settled, *later = figures[len(figures) // 2 :]  # at first the process takes memory that it then uses again
+    assert max(each.rss_mib for each in later) - settled.rss_mib < 8
     assert (await health(impatient_server))["state"] == "ready"
     assert (await get(impatient_server, "/ready")).status == 200
