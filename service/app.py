@@ -21,6 +21,7 @@ from service.entry.admission import Admission
 from service.entry.door import Check, Door
 from service.entry.keys import KeyRing
 from service.entry.quota import open_quota
+from service.entry.tokenizing import Tokenizing
 from service.errors import Refusal
 from service.health import health_router
 from service.openapi import describe_api
@@ -67,6 +68,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
         has_keys=not keys.is_open,
     )
     metrics = Metrics(engine, admission)
+    tokenizing = Tokenizing()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -97,6 +99,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
                 settings.limits(chain.name),
                 admission,
                 metrics,
+                tokenizing,
                 idle_timeout_s=settings.idle_timeout_s,
             ),
         )

@@ -158,7 +158,9 @@ class Settings(BaseSettings):
     max_queue: Annotated[
         int, Field(ge=0, description="Requests that may wait, when as many run as the model has slots.")
     ] = 16
-    max_body: Annotated[PerChain, _numbers(int), Field(description="Bytes of a request body, per chain.")] = "4194304"
+    max_body: Annotated[PerChain, _numbers(int), Field(description="Bytes of a request body, per chain.")] = (
+        "4194304,chat=1048576"
+    )
     max_batch: Annotated[PerChain, _numbers(int), Field(description="Inputs in one batch request, per chain.")] = "64"
     max_input_tokens: Annotated[
         PerChain, _numbers(int), Field(description="Prompt tokens of a request, all its inputs together, per chain.")

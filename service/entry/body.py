@@ -156,8 +156,17 @@ def calls(body: InvokeBody | BatchBody, shared: Mapping[str, Any], *, max_batch:
     ]
 
 
-async def read_json(request: Request, max_body: int, *, idle_timeout_s: float) -> Any:
-    """Read a body of at most so many bytes, no longer than so after the last piece of it has come."""
+async def read_json(request: Request, max_body: int, *, idle_timeout_s: float) -> tuple[Any, int]:
+    """Read a body of at most so many bytes, no longer than so after the last piece of it has come.
+
+    Returns what it says, and its number of bytes.
+    """
+    too_large = Refusal(
+        413, "body_too_large", f"a body may have {max_body} bytes at most (SERVE_MAX_BODY)", field="body"
+    )
+    declared = request.headers.get("Content-Length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:20]) > max_body:
+        raise too_large
     pieces, size = [], 0
     stream = request.stream()
     try:
@@ -171,12 +180,11 @@ async def read_json(request: Request, max_body: int, *, idle_timeout_s: float) -
                 break
             size += len(piece)
             if size > max_body:
-                message = f"a body may have {max_body} bytes at most (SERVE_MAX_BODY)"
-                raise Refusal(413, "body_too_large", message, field="body")
+                raise too_large
             pieces.append(piece)
     except ClientDisconnect as error:
         raise Refusal(400, "incomplete", "the client went away before its body had come") from error
-    return _parse(b"".join(pieces))
+    return _parse(b"".join(pieces)), size
 
 
 def _parse(content: bytes) -> Any:

@@ -5,14 +5,12 @@ says on whose behalf the work is done. So every refusal comes before the first b
 endpoint.
 """
 
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import anyio
-import anyio.to_thread
 from fastapi import Request
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import BaseMessage
@@ -24,6 +22,7 @@ from llm.errors import InvalidMessage, InvalidOption
 from service.entry.admission import Admission
 from service.entry.body import BODIES, Call, calls, read_json, shared_options, validate
 from service.entry.limits import Limits
+from service.entry.tokenizing import Tokenizing
 from service.errors import Refusal
 from service.records.metrics import Metrics
 from service.records.record import Record, record_of
@@ -48,6 +47,7 @@ class Door:
         limits: Limits,
         admission: Admission,
         metrics: Metrics,
+        tokenizing: Tokenizing,
         *,
         idle_timeout_s: float,
     ) -> None:
@@ -58,7 +58,7 @@ class Door:
         self._metrics = metrics
         self._idle_timeout_s = idle_timeout_s
         self._options_type = _options_type(chain)
-        self._tokenizing = anyio.CapacityLimiter(os.cpu_count() or 1)  # leaves the other threads to others
+        self._tokenizing = tokenizing
 
     async def __call__(self, request: Request) -> AsyncIterator[None]:
         """Let a request through, or raise why not."""
@@ -103,7 +103,7 @@ class Door:
         validate("config_hash.configurable", self._options_type, shared)
         try:
             with anyio.fail_after(limits.timeout_s):
-                raw = await read_json(request, limits.max_body, idle_timeout_s=self._idle_timeout_s)
+                raw, size = await read_json(request, limits.max_body, idle_timeout_s=self._idle_timeout_s)
         except TimeoutError as error:
             message = f"the body did not come within {limits.timeout_s:g} s (SERVE_TIMEOUT_S)"
             raise Refusal(408, "timeout", message) from error
@@ -114,8 +114,8 @@ class Door:
             _check_output(call, limits.max_output_tokens)
         num_tokens = 0
         for call in wanted:
-            num_tokens += await anyio.to_thread.run_sync(
-                _count, self._chain, self._check, call, limiter=self._tokenizing
+            num_tokens += await self._tokenizing.run(
+                _count, self._chain, self._check, call, key=request.state.key, size=size
             )
             if num_tokens > limits.max_input_tokens:
                 limit = f"at most {limits.max_input_tokens} prompt tokens in a request (SERVE_MAX_INPUT_TOKENS)"

@@ -44,7 +44,7 @@ class CancelOnDisconnect:
             await send(message)
             is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-        async with anyio.create_task_group() as work, get:
+        async with get, anyio.create_task_group() as work:  # closed last, or `pump` would fail too and hide an error
             scope["state"]["work"] = work.cancel_scope
             work.start_soon(pump)
             await self.app(scope, take, forward)

@@ -18,7 +18,7 @@ def test_the_defaults_are_safe() -> None:
     assert settings.port == 8000
     assert settings.model == "embedded"
     assert not settings.langsmith
-    assert settings.limits("chat").max_body == 4 * 1024 * 1024
+    assert settings.limits("translate").max_body == 4 * 1024 * 1024
 
 
 def test_a_flag_comes_before_the_environment_and_that_before_dot_env(
