@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -270,6 +271,7 @@ def test_what_cannot_be_used_is_said_in_one_line_and_ends_the_process(
     assert "short" not in log
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl is installed on this machine")
 def test_https_is_served_where_there_is_a_certificate(tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
