@@ -36,7 +36,6 @@ MAX_HASH = 4096
 
 Model = TypeVar("Model", bound=BaseModel)
 
-OneEach: Any = Field(fail_fast=True, max_length=MAX_CALLS)
 Strings = Annotated[list[str], Field(fail_fast=True)]
 
 

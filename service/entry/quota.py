@@ -193,9 +193,10 @@ class SharedQuota:
 
 def open_quota(rate: str, redis_url: str) -> Quota:
     """Count in Redis if there is a URL, else here. Raises ValueError for a rate or a URL that is none."""
+    limit = parse_rate(rate)
     if not redis_url:
-        return LocalQuota(parse_rate(rate))
+        return LocalQuota(limit)
     try:
-        return SharedQuota(parse_rate(rate), redis_url)
+        return SharedQuota(limit, redis_url)
     except Exception:  # of many kinds, some of which show the password
         raise ValueError("SERVE_REDIS_URL is no URL of a Redis, like redis://host:6379/0") from None
