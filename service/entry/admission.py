@@ -54,6 +54,11 @@ class Admission:
         return len(self._callers)
 
     @property
+    def num_working(self) -> int:
+        """Those among them whose bodies were read: a drain waits for them."""
+        return len(self._working)
+
+    @property
     def is_draining(self) -> bool:
         """True once nobody is let in any more."""
         return self._drained_at < math.inf

@@ -50,12 +50,12 @@ class DrainingServer(uvicorn.Server):
             os._exit(128 + sig)
         self._admission.drain(self._drain_timeout_s)
         with suppress(RuntimeError):
-            log.info("%s: stopping when %d requests have finished", name, self._admission.num_inside)
+            log.info("%s: stopping when %d requests have finished", name, self._admission.num_working)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to go."""
         if self._admission.is_drained:
-            if num_late := self._admission.num_inside:
+            if num_late := self._admission.num_working:
                 log.warning("%d requests had not finished after %g s: they are ended", num_late, self._drain_timeout_s)
             self._admission.end_all()
             self.should_exit = True

@@ -138,6 +138,7 @@ async def test_nobody_waits_for_a_body_that_was_half_sent_when_the_drain_began(
     async with admission.place(caller, timeout_s=60):
         admission.drain(60)
         assert admission.is_drained
+        assert (admission.num_inside, admission.num_working) == (1, 0)
         with pytest.raises(ShuttingDown):
             admission.start(caller)
 
