@@ -8,17 +8,19 @@ from collections.abc import Callable
 
 from langchain_core.language_models import BaseChatModel
 
-from chains import chat, summarize, translate
+from chains import brief, chat, summarize, translate
 from chains.chain import Chain
 
 CHAINS: tuple[Callable[[BaseChatModel], Chain], ...] = (
     chat.build,
     translate.build,
+    translate.build_document,
     summarize.build,
+    brief.build,
 )
 """The registry, in the order in which people see it."""
 
-__all__ = ["CHAINS", "Chain", "build_chains", "chat", "summarize", "translate"]
+__all__ = ["CHAINS", "Chain", "brief", "build_chains", "chat", "summarize", "translate"]
 
 
 def build_chains(model: BaseChatModel) -> list[Chain]:

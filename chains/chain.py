@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -12,9 +12,12 @@ from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable
 from pydantic import BaseModel
 
+from chains.documents.files import FileReader
 from chains.options import with_options
 
-NAME = re.compile(r"[a-z][a-z0-9_-]*")
+NAME = re.compile(r"[a-z][a-z0-9_-]*(/[a-z][a-z0-9_-]*)*")
+
+Prepare = Callable[[BaseModel, FileReader], Awaitable[BaseModel]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,18 +32,25 @@ class Chain:
     """Typed (`with_types`); options are its `config_specs`."""
     input_type: type[BaseModel]
     """Validates one input."""
-    messages: Callable[[dict[str, Any]], list[BaseMessage]]
-    """The conversation that the model is shown for a validated input: what its limits are held against."""
+    messages: Callable[[dict[str, Any], Mapping[str, Any]], list[BaseMessage]]
+    """The first conversation that the model is shown for a validated input and `configurable`: what the model's limits
+    are held against. Raises InputError."""
     options: Callable[[Mapping[str, Any]], dict[str, Any]]
     """The call arguments that the model gets for a validated `configurable`."""
     example: dict[str, Any]
     """A valid input, to try it with."""
     playground: Literal["default", "chat"] = "default"
+    num_tokens: Callable[[dict[str, Any], int], int] | None = None
+    """Tokens of the texts of a validated input, of which the first conversation shows the beginning only; counted until
+    they are more than a limit. None: the first conversation shows everything."""
+    prepare: Prepare | None = None
+    """Gives an input that is to be worked on in place of a validated one: with the text of a file for the file, say.
+    Raises InputError."""
 
     def __post_init__(self) -> None:
         """Hold the chain against what would otherwise show only when somebody uses it. Raises ValueError."""
         if not NAME.fullmatch(self.name):
-            raise ValueError(f"chain {self.name!r}: its name is its path: small letters, digits, - and _")
+            raise ValueError(f"chain {self.name!r}: its name is its path: small letters, digits, -, _ and /")
         if self.input_type.model_config.get("extra") != "forbid":
             raise ValueError(f"chain {self.name}: its input type must forbid extras, or a typo is ignored in silence")
         if '"null"' in json.dumps(self.input_type.model_json_schema()):
@@ -49,9 +59,8 @@ class Chain:
                 "T | SkipJsonSchema[None] with json_schema_extra=without_null (see translate.py)"
             )
         try:
-            value = self.input_type.model_validate(self.example)
-            self.messages({name: getattr(value, name) for name in self.input_type.model_fields})
-        except (ValueError, KeyError) as error:
+            self.input_type.model_validate(self.example)
+        except ValueError as error:
             raise ValueError(f"chain {self.name}: its own example is no input for it: {error}") from error
 
     @classmethod
@@ -80,10 +89,20 @@ class Chain:
         runnable: Runnable[Any, Any] = prompt | answer
         if parser is not None:
             runnable = runnable | parser
-        return cls(
+        chain = cls(
             runnable=runnable.with_types(input_type=input_type, output_type=output_type),
             input_type=input_type,
-            messages=lambda value: prompt.invoke(value).to_messages(),
+            messages=lambda value, _: prompt.invoke(value).to_messages(),
             options=answer.options,
             **described,
         )
+        try:
+            chain.messages(fields_of(input_type.model_validate(chain.example)), {})
+        except KeyError as error:
+            raise ValueError(f"chain {chain.name}: its own example is no input for its prompt: {error}") from error
+        return chain
+
+
+def fields_of(value: BaseModel) -> dict[str, Any]:
+    """A validated input as a chain gets it."""
+    return {name: getattr(value, name) for name in type(value).model_fields}

@@ -21,7 +21,8 @@ def without_null(schema: JsonDict) -> None:
         schema.pop("default", None)
 
 
-def _optional(kind: Any, name: str, description: str, example: Any, **bounds: Any) -> ConfigurableFieldSpec:
+def optional(kind: Any, name: str, description: str, example: Any, **bounds: Any) -> ConfigurableFieldSpec:
+    """An option that need not be given. `bounds` are those of a pydantic Field."""
     # Bounds outside the union would be written as `ge` and `le`, which no reader of JSON Schema knows; and of what
     # stands outside, LangServe keeps only the description in its API documentation.
     kind = Annotated[kind, Field(examples=[example], **bounds)]
@@ -31,14 +32,14 @@ def _optional(kind: Any, name: str, description: str, example: Any, **bounds: An
 
 
 SAMPLING_OPTIONS = (
-    _optional(float, "temperature", "Randomness, 0 to 2; 0 always takes the likeliest token.", 0.7, ge=0, le=2),
-    _optional(float, "top_p", "Draw from the likeliest tokens whose probabilities add up to this.", 0.9, gt=0, le=1),
-    _optional(int, "top_k", "Draw from this many of the likeliest tokens; 0 for all.", 50, ge=0),
-    _optional(float, "min_p", "Drop tokens less likely than this fraction of the likeliest.", 0.05, ge=0, le=1),
-    _optional(int, "max_tokens", "New tokens at most; what room the context has left if not given.", 100, ge=1),
-    _optional(float, "repetition_penalty", "Above 1: repeat less. 1 is off.", 1.1, ge=0.01, le=2),
-    _optional(int, "seed", "Same seed and input, same answer.", 1, ge=0, le=2**63 - 1),
-    _optional(
+    optional(float, "temperature", "Randomness, 0 to 2; 0 always takes the likeliest token.", 0.7, ge=0, le=2),
+    optional(float, "top_p", "Draw from the likeliest tokens whose probabilities add up to this.", 0.9, gt=0, le=1),
+    optional(int, "top_k", "Draw from this many of the likeliest tokens; 0 for all.", 50, ge=0),
+    optional(float, "min_p", "Drop tokens less likely than this fraction of the likeliest.", 0.05, ge=0, le=1),
+    optional(int, "max_tokens", "New tokens at most; what room the context has left if not given.", 100, ge=1),
+    optional(float, "repetition_penalty", "Above 1: repeat less. 1 is off.", 1.1, ge=0.01, le=2),
+    optional(int, "seed", "Same seed and input, same answer.", 1, ge=0, le=2**63 - 1),
+    optional(
         list[Annotated[str, StringConstraints(min_length=1)]],
         "stop",
         "The answer ends before the first of these.",

@@ -6,6 +6,8 @@ from typing import Annotated
 from langchain_core.prompts import SystemMessagePromptTemplate
 from pydantic import AfterValidator, Field, StringConstraints
 
+from chains.documents.languages import find_language
+
 
 def _not_blank(text: str) -> str:
     if not text.strip():
@@ -16,11 +18,14 @@ def _not_blank(text: str) -> str:
 Text = Annotated[str, AfterValidator(_not_blank), Field(json_schema_extra={"pattern": r"\S"})]
 """Anything but white space alone."""
 
-Language = Annotated[
-    # Browsers check the pattern too, and to JavaScript \w is ASCII: no 中文, no Français.
-    str, StringConstraints(min_length=1, max_length=60, pattern=r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}_ ()'-]*$")
-]
-"""The name of a language, in any language."""
+
+def _known(name: str) -> str:
+    find_language(name)
+    return name
+
+
+LanguageName = Annotated[str, StringConstraints(min_length=1, max_length=60), AfterValidator(_known)]
+"""A language, by its name in any language or by its BCP-47 code."""
 
 
 def instructions(template: str) -> SystemMessagePromptTemplate:

@@ -1,67 +1,206 @@
-"""The translation chain: a text and a language in, the text in that language out."""
+"""The translation chain: a text of any length and a language in, the text in that language out."""
 
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from functools import partial
+from typing import Annotated, Any, Literal
 
+from langchain_core.callbacks import adispatch_custom_event
 from langchain_core.language_models import BaseChatModel
-from langchain_core.output_parsers import StrOutputParser
-from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import Runnable, RunnableLambda
-from pydantic import BaseModel, ConfigDict, Field
+from langchain_core.messages import BaseMessage
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+from langchain_core.runnables.utils import AddableDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from chains.chain import Chain
-from chains.options import without_null
-from chains.texts import Language, Text, instructions
+from chains.documents.in_order import in_order
+from chains.documents.languages import detect, find_language, is_same
+from chains.documents.measure import Measure
+from chains.errors import InputError
+from chains.options import with_options, without_null
+from chains.producing import Producer
+from chains.segments import segments
+from chains.texts import LanguageName, Text
+from chains.translator import MIN_BUDGET, SegmentReport, Translator, Wish, budget
 
-PROMPT = ChatPromptTemplate(
-    [
-        instructions(
-            "You are a professional translator. Translate the user's text{source} into {target_language}. "
-            "Keep meaning, tone and formatting. Answer with the translation alone, without notes or quotation marks."
-        ),
-        ("human", "{text}"),
-    ]
-)
+AHEAD = 16
+"""Segments that are translated at once, or wait for their turn to go out."""
+
+PRESETS = {"temperature": 0.0, "repetition_penalty": 1.0}
 
 EXAMPLE: dict[str, Any] = {"text": "Good morning, my friends!", "target_language": "French"}
 
+Words = Annotated[str, Field(min_length=1, max_length=100, pattern=r"\S")]
 
-class TranslateInput(BaseModel):
+
+class Term(BaseModel):
+    """A term, and what it is called in the other language."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    term: Annotated[Words, Field(description="As it stands in the text.")]
+    translation: Annotated[Words, Field(description="As it is to stand in the translation.")]
+
+
+def _pairs(glossary: object) -> object:
+    if isinstance(glossary, dict):
+        return [{"term": term, "translation": translation} for term, translation in glossary.items()]
+    return glossary
+
+
+class Delivery(BaseModel):
+    """How a translation is to be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target_language: Annotated[
+        LanguageName,
+        Field(description="The language to translate into, by name or BCP-47 code: German, 中文, pt-BR, …"),
+    ]
+    formality: Annotated[
+        Literal["formal", "informal"] | SkipJsonSchema[None],
+        Field(
+            description="How the reader is addressed; as the text does if not given.", json_schema_extra=without_null
+        ),
+    ] = None
+    glossary: Annotated[
+        list[Term],
+        BeforeValidator(_pairs),
+        Field(max_length=100, description="Terms that have to be translated so."),
+    ] = []
+
+
+class TranslateInput(Delivery):
     """A text to translate."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
-    text: Annotated[Text, Field(description="What to translate.")]
-    target_language: Annotated[Language, Field(description="The language to translate into: German, 中文, …")]
+    text: Annotated[Text, Field(description="What to translate: plain or Markdown, of any length.")]
     source_language: Annotated[
-        Language | SkipJsonSchema[None],
-        Field(
-            description="The language of the text; found out if not given.",
-            json_schema_extra=without_null,
-        ),
+        LanguageName | SkipJsonSchema[None],
+        Field(description="The language of the text; found out if not given.", json_schema_extra=without_null),
     ] = None
 
 
-def _variables(translate_input: dict[str, Any]) -> dict[str, Any]:
-    source_language = translate_input.get("source_language")
-    return {**translate_input, "source": f" from {source_language}" if source_language else ""}
+class TranslatedDocument(BaseModel):
+    """A translation, and what became of each part of the text."""
+
+    text: str
+    segments: list[SegmentReport]
 
 
-prompt = RunnableLambda(_variables, name="variables") | PROMPT
-"""From an input to what the model is shown."""
+class Translation:
+    """Translates texts with one model."""
+
+    def __init__(self, model: BaseChatModel) -> None:
+        self._model = model
+        self._measure = Measure(model)
+        self._answer = with_options(model, **PRESETS)
+        self.options = self._answer.options
+        self.config_specs = self._answer.config_specs
+
+    def messages(self, value: dict[str, Any], configurable: Mapping[str, Any]) -> list[BaseMessage]:
+        """What the model is shown first. Raises InputError where its context is too small for anything."""
+        asked = TranslateInput.model_validate(value)
+        wish = _wish(asked)
+        first = next(segments(asked.text, budget=self._budget(wish), count=self._measure.count))
+        return wish.messages(first.words, after=first.after)
+
+    def num_tokens(self, value: dict[str, Any], limit: int) -> int:
+        """Tokens of a text, counted until they are more than a limit."""
+        return self._measure.count_up_to(value["text"], limit)
+
+    async def pieces(
+        self, value: dict[str, Any], config: RunnableConfig, *, is_streamed: bool
+    ) -> AsyncGenerator[str | SegmentReport]:
+        """Yield the translation bit by bit, and after each segment of it what became of that."""
+        asked = TranslateInput.model_validate(value)
+        wish = _wish(asked)
+        if wish.source is not None and is_same(wish.source, wish.target):
+            yield asked.text
+            yield SegmentReport.kept(asked.text)
+            return
+        translator = Translator(
+            self._model,
+            wish,
+            self.options(config.get("configurable", {})),
+            config,
+            measure=self._measure,
+            total=len(asked.text),
+            is_streamed=is_streamed,
+        )
+        cut = segments(asked.text, budget=self._budget(wish), count=self._measure.count)
+        jobs = (partial(translator.translate, segment) for segment in cut)
+        async with aclosing(in_order(jobs, ahead=config.get("max_concurrency") or AHEAD)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, SegmentReport):
+                    await adispatch_custom_event("segment", piece.model_dump(), config=config)
+                yield piece
+
+    def _budget(self, wish: Wish) -> int:
+        tokens = budget(wish, self._measure)
+        if tokens < MIN_BUDGET:
+            context = self._measure.context
+            raise InputError("glossary", f"the model's context of {context} tokens has no room for this glossary")
+        return tokens
+
+
+def _wish(asked: TranslateInput) -> Wish:
+    return Wish(
+        source=find_language(asked.source_language) if asked.source_language else detect(asked.text),
+        target=find_language(asked.target_language),
+        formality=asked.formality,
+        glossary={pair.term: pair.translation for pair in asked.glossary},
+    )
 
 
 def build(model: BaseChatModel) -> Chain:
     """Build the translation chain over a model."""
-    return Chain.of(
-        prompt,
-        model,
-        StrOutputParser(),
-        name="translate",
-        description="Translate a text into another language.",
+    translation = Translation(model)
+
+    async def produce(value: Any, config: RunnableConfig, *, is_streamed: bool) -> AsyncGenerator[str]:
+        async with aclosing(translation.pieces(value, config, is_streamed=is_streamed)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, str) and piece:
+                    yield piece
+
+    runnable = Producer(produce, name="translate", config_specs=translation.config_specs)
+    return _hosted(
+        translation, "translate", "Translate a text into another language.", runnable.with_types(output_type=str)
+    )
+
+
+def build_document(model: BaseChatModel) -> Chain:
+    """Build the chain that tells of each segment besides."""
+    translation = Translation(model)
+
+    async def produce(value: Any, config: RunnableConfig, *, is_streamed: bool) -> AsyncGenerator[AddableDict]:
+        async with aclosing(translation.pieces(value, config, is_streamed=is_streamed)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, SegmentReport):
+                    yield AddableDict(segments=[piece.model_dump()])
+                elif piece:
+                    yield AddableDict(text=piece)
+
+    runnable: Runnable[Any, Any] = Producer(produce, name="translate_document", config_specs=translation.config_specs)
+    return _hosted(
+        translation,
+        "translate/document",
+        "Translate a text, and tell what became of each part of it.",
+        runnable.with_types(output_type=TranslatedDocument),
+    )
+
+
+def _hosted(translation: Translation, name: str, description: str, runnable: Runnable[Any, Any]) -> Chain:
+    return Chain(
+        name=name,
+        description=description,
+        runnable=runnable.with_types(input_type=TranslateInput),
         input_type=TranslateInput,
-        output_type=str,
-        presets={"temperature": 0.0, "repetition_penalty": 1.0},
+        messages=translation.messages,
+        options=translation.options,
+        num_tokens=translation.num_tokens,
         example=EXAMPLE,
     )
 

@@ -18,7 +18,7 @@ from llm.engine import Request, check_limits
 from llm.errors import EngineError
 from llm.generation import Chunk, Usage
 from llm.llama3_llm import LLaMA3_LLM
-from llm.prompt import count, count_shared, encode
+from llm.prompt import count, count_shared, encode, encode_text
 from llm.sampling import Sampling, options_of
 
 
@@ -100,7 +100,7 @@ class ChatLLaMA3(BaseChatModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """The ids of a text alone, without template; special tokens in it are plain text."""
-        return self.llm.get_token_ids(text)
+        return encode_text(self._loaded().tokenizer, text)
 
     def get_num_tokens_from_messages(
         self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None, **kwargs: Any

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from langchain_core.exceptions import ContextOverflowError
 from starlette.exceptions import HTTPException
 
+from chains import errors as chain_errors
 from llm import errors as llm_errors
 
 NO_HEADERS: Mapping[str, str] = {}
@@ -51,7 +52,10 @@ MAX_NAME = 100
 
 SOON = {"Retry-After": "5"}
 
-LLM_PROBLEMS: Sequence[tuple[type[Exception], int, str, Mapping[str, str]]] = (
+PROBLEMS: Sequence[tuple[type[Exception], int, str, Mapping[str, str]]] = (
+    (chain_errors.TooLarge, 413, "input_too_large", {}),
+    (chain_errors.UnreadableFile, 422, "unreadable_file", {}),
+    (chain_errors.InputError, 422, "invalid_input", {}),
     (llm_errors.InvalidOption, 422, "invalid_option", {}),
     (llm_errors.InvalidMessage, 422, "invalid_message", {}),
     (ContextOverflowError, 422, "context_overflow", {}),
@@ -63,7 +67,7 @@ LLM_PROBLEMS: Sequence[tuple[type[Exception], int, str, Mapping[str, str]]] = (
     (llm_errors.DeadlineExceeded, 504, "deadline_exceeded", {}),
     (llm_errors.GenerationFailed, 500, "generation_failed", {}),
 )
-"""Errors of the model, their status and type; the first that fits. Their messages are meant for callers."""
+"""Errors of chains and the model, their status and type; the first that fits. Their messages are meant for callers."""
 
 INTERNAL = Problem(
     500, "internal_error", "something went wrong in the service; its log says what, under this request_id"
@@ -81,7 +85,7 @@ def describe(error: BaseException) -> Problem:
     if isinstance(error, HTTPException):
         kind = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         return Problem(error.status_code, kind, str(error.detail), headers=error.headers or {})
-    for kind_of_error, status, kind, headers in LLM_PROBLEMS:
+    for kind_of_error, status, kind, headers in PROBLEMS:
         if isinstance(error, kind_of_error):
             return Problem(status, kind, str(error), getattr(error, "field", None), headers)
     return INTERNAL

@@ -159,8 +159,12 @@ class Settings(BaseSettings):
         int, Field(ge=0, description="Requests that may wait, when as many run as the model has slots.")
     ] = 16
     max_body: Annotated[PerChain, _numbers(int), Field(description="Bytes of a request body, per chain.")] = (
-        "4194304,chat=1048576"
+        "4194304,chat=1048576,summarize=33554432,brief=33554432"
     )
+    max_file: Annotated[PerChain, _numbers(int), Field(description="Bytes of an uploaded file, per chain.")] = (
+        "20971520"
+    )
+    max_pages: Annotated[PerChain, _numbers(int), Field(description="Pages of an uploaded file, per chain.")] = "2000"
     max_batch: Annotated[PerChain, _numbers(int), Field(description="Inputs in one batch request, per chain.")] = "64"
     max_input_tokens: Annotated[
         PerChain, _numbers(int), Field(description="Prompt tokens of a request, all its inputs together, per chain.")
@@ -213,6 +217,8 @@ class Settings(BaseSettings):
             max_input_tokens=limit_of(int, self.max_input_tokens, chain),
             max_output_tokens=limit_of(int, self.max_output_tokens, chain),
             timeout_s=limit_of(float, self.timeout_s, chain),
+            max_file=limit_of(int, self.max_file, chain),
+            max_pages=limit_of(int, self.max_pages, chain),
         )
 
     def check_chains(self, hosted: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ endpoint.
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,13 +18,16 @@ from langchain_core.messages import BaseMessage
 from pydantic import BaseModel, ConfigDict, create_model
 
 from chains import Chain
+from chains.chain import fields_of
+from chains.documents.files import FileLimits, FileReader
+from chains.errors import InputError
 from llm.caller import Caller, Report, current_caller
 from llm.errors import InvalidMessage, InvalidOption
 from service.entry.admission import Admission
 from service.entry.body import BODIES, Call, calls, read_json, shared_options, validate
 from service.entry.limits import Limits
 from service.entry.tokenizing import Tokenizing
-from service.errors import Refusal
+from service.errors import Refusal, describe
 from service.records.metrics import Metrics
 from service.records.record import Record, record_of
 
@@ -59,6 +63,7 @@ class Door:
         self._idle_timeout_s = idle_timeout_s
         self._options_type = _options_type(chain)
         self._tokenizing = tokenizing
+        self._files = FileReader(FileLimits(max_file=limits.max_file, max_pages=limits.max_pages))
 
     async def __call__(self, request: Request) -> AsyncIterator[None]:
         """Let a request through, or raise why not."""
@@ -90,10 +95,16 @@ class Door:
             body, wanted = await self._read(request, config_hash)
             self._admission.start(caller)
             current_caller.set(caller)  # this request's task and its children see it
-            # What LangServe will read: with the options of a share link merged in (it would lose them), without the
-            # rest.
+            # What LangServe will read: with files read, and the options of a share link merged in (it would lose them),
+            # without the rest.
+            inputs = [call.input for call in wanted]
             configs = [{"configurable": call.options} for call in wanted]
-            request._json = {**body, "config": configs if "inputs" in body else configs[0], "kwargs": {}}
+            asked = (
+                {"inputs": inputs, "config": configs}
+                if "inputs" in body
+                else {"input": inputs[0], "config": configs[0]}
+            )
+            request._json = {**body, **asked, "kwargs": {}}
             yield
 
     async def _read(self, request: Request, config_hash: str | None) -> tuple[dict[str, Any], list[Call]]:
@@ -112,15 +123,34 @@ class Door:
         for call in wanted:
             validate(call.options_at, self._options_type, call.options)
             _check_output(call, limits.max_output_tokens)
-        num_tokens = 0
+        ready, num_tokens = [], 0
         for call in wanted:
-            num_tokens += await self._tokenizing.run(
-                _count, self._chain, self._check, call, key=request.state.key, size=size
-            )
+            run = partial(self._tokenizing.run, key=request.state.key, size=size)
+            value = await run(validate, call.at, self._chain.input_type, call.input)
+            prepared = await self._prepare(call, value)
+            if prepared is not value:
+                sent = prepared.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+                ready.append(replace(call, input=sent))
+            else:
+                ready.append(call)
+            num_tokens += await run(_count, self._chain, self._check, call, prepared)
+            # A token is a byte at least: what fits by its bytes, and is not packed in a file, need not be counted.
+            if self._chain.num_tokens and (size > limits.max_input_tokens or prepared is not value):
+                left = limits.max_input_tokens - num_tokens
+                num_tokens += await run(self._chain.num_tokens, fields_of(prepared), left)
             if num_tokens > limits.max_input_tokens:
                 limit = f"at most {limits.max_input_tokens} prompt tokens in a request (SERVE_MAX_INPUT_TOKENS)"
-                raise Refusal(422, "input_too_long", f"{call.at}: {limit}, got {num_tokens}", field=call.at)
-        return raw, wanted
+                got = f"got {'more' if self._chain.num_tokens else num_tokens}"
+                raise Refusal(422, "input_too_long", f"{call.at}: {limit}, {got}", field=call.at)
+        return raw, ready
+
+    async def _prepare(self, call: Call, value: BaseModel) -> BaseModel:
+        if self._chain.prepare is None:
+            return value
+        try:
+            return await self._chain.prepare(value, self._files)
+        except InputError as error:
+            raise _refusal(call, error) from error
 
     def _report(self, record: Record, report: Report) -> None:
         record.add(report)
@@ -141,12 +171,12 @@ def _options_type(chain: Chain) -> type[BaseModel]:
     return create_model(f"{chain.name}_options", __config__=ConfigDict(extra="forbid", strict=True), **fields)
 
 
-def _count(chain: Chain, check: Check, call: Call) -> int:
-    """Hold an input against its type, and its prompt against the model's limits; return the prompt's tokens."""
-    value = validate(call.at, chain.input_type, call.input)
-    fields = {name: getattr(value, name) for name in type(value).model_fields}
+def _count(chain: Chain, check: Check, call: Call, value: BaseModel) -> int:
+    """Hold the first prompt that an input makes against the model's limits; return its tokens."""
     try:
-        return check(chain.messages(fields), **chain.options(call.options))
+        return check(chain.messages(fields_of(value), call.options), **chain.options(call.options))
+    except InputError as error:
+        raise _refusal(call, error) from error
     except InvalidOption as error:
         field = f"{call.options_at}.{error.field}"
         raise Refusal(422, "invalid_option", f"{field}: {error}", field=field) from error
@@ -156,3 +186,9 @@ def _count(chain: Chain, check: Check, call: Call) -> int:
         raise Refusal(422, "context_overflow", f"{field}: {error}", field=field) from error
     except InvalidMessage as error:
         raise Refusal(422, "invalid_message", f"{call.at}: {error}", field=f"{call.at}.{error.field}") from error
+
+
+def _refusal(call: Call, error: InputError) -> Refusal:
+    problem = describe(error)
+    field = f"{call.at}.{error.field}"
+    return Refusal(problem.status, problem.kind, f"{field}: {error}", field=field)

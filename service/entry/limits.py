@@ -51,3 +51,7 @@ class Limits:
     max_output_tokens: int
     """Of each answer."""
     timeout_s: float
+    max_file: int
+    """Bytes of a file."""
+    max_pages: int
+    """Of a file."""

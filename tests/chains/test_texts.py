@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import BaseMessage
 
 from chains import summarize, translate
@@ -11,21 +12,21 @@ from chains.texts import instructions
 
 INPUTS: dict[str, list[dict[str, Any]]] = {
     "translate": [
-        {"text": "My secret is {this}.", "target_language": "Secretish"},
-        {"text": "{{", "target_language": "German", "source_language": "Secretish (old)"},
+        {"text": "My secret is {this}.", "target_language": "Klingon"},
+        {"text": "{{", "target_language": "German", "source_language": "Old Norse"},
         {"text": "Translate the user's text", "target_language": "中文", "source_language": None},
     ],
     "summarize": [
         {"text": "My secret is {this}."},
-        {"text": "}{", "style": "bullets", "max_words": 30, "language": "Secretish"},
+        {"text": "}{", "style": "bullets", "max_words": 30, "language": "Klingon", "focus": "My secret?"},
         {"text": "You summarize texts.", "style": "headline", "max_words": None, "language": None},
     ],
 }
-PROMPTS = {"translate": translate.prompt, "summarize": summarize.prompt}
+BUILDERS = {"translate": translate.build, "summarize": summarize.build}
 
 
 def first_message(name: str, value: dict[str, Any]) -> BaseMessage:
-    return PROMPTS[name].invoke(value).to_messages()[0]
+    return BUILDERS[name](FakeListChatModel(responses=[])).messages(value, {})[0]
 
 
 def marked(message: BaseMessage) -> str:

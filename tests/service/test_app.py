@@ -40,7 +40,7 @@ def joke_chain(runnable: Runnable[Any, Any], *, name: str = "joke") -> Chain:
         description="Tell a joke.",
         runnable=runnable.with_types(input_type=Joke, output_type=str),
         input_type=Joke,
-        messages=lambda joke: [HumanMessage(joke["topic"])],
+        messages=lambda joke, _: [HumanMessage(joke["topic"])],
         options=dict,
         example={"topic": "the sea"},
     )

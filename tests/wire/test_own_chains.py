@@ -35,7 +35,7 @@ class Text(BaseModel):
 def hosted(name, runnable):
     return Chain(
         name=name, description="", runnable=runnable.with_types(input_type=Text, output_type=str), input_type=Text,
-        messages=lambda value: [HumanMessage(value["text"])], options=dict, example={"text": "Hi!"},
+        messages=lambda value, _: [HumanMessage(value["text"])], options=dict, example={"text": "Hi!"},
     )
 
 def build(model):

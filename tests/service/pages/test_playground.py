@@ -32,7 +32,7 @@ def app() -> FastAPI:
             description=HOSTILE,
             runnable=RunnableLambda(lambda value: value["text"]).with_types(input_type=Hostile, output_type=str),
             input_type=Hostile,
-            messages=lambda value: [HumanMessage(value["text"])],
+            messages=lambda value, _: [HumanMessage(value["text"])],
             options=dict,
             example={"text": HOSTILE},
         )

@@ -1,0 +1,75 @@
+"""Summarize and translate in one go: the two chains, put together with `|`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import BaseMessage
+from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
+from pydantic import ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+from chains import summarize, translate
+from chains.chain import Chain
+from chains.options import without_null
+from chains.summarize import SummarizeInput
+from chains.texts import LanguageName
+from chains.translate import Delivery
+
+EXAMPLE: dict[str, Any] = {
+    "text": "The cat sat on the mat. It rained all day, so it did not want to go out.",
+    "style": "headline",
+    "target_language": "German",
+}
+
+
+class BriefInput(Delivery, SummarizeInput):
+    """What to summarize, and the language to deliver the summary in."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
+
+    language: Annotated[
+        LanguageName | SkipJsonSchema[None],
+        Field(
+            description="The language to summarize in first; the text's own if not given.",
+            json_schema_extra=without_null,
+        ),
+    ] = None
+
+
+def _of_summary(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: value[name] for name in SummarizeInput.model_fields if value.get(name) is not None}
+
+
+def _delivery(value: dict[str, Any]) -> dict[str, Any]:
+    """The input of the translation: the summary, and what was wished for it."""
+    wished = {name: value[name] for name in Delivery.model_fields if value.get(name) is not None}
+    return {**wished, "text": value["summary"], "source_language": value.get("language")}
+
+
+def build(model: BaseChatModel) -> Chain:
+    """Build the chain over a model."""
+    summarizing, translating = summarize.build(model), translate.build(model)
+    summary = RunnableLambda(_of_summary) | summarizing.runnable
+    runnable: Runnable[Any, Any] = (
+        RunnablePassthrough.assign(summary=summary) | RunnableLambda(_delivery) | translating.runnable
+    )
+
+    def messages(value: dict[str, Any], configurable: Mapping[str, Any]) -> list[BaseMessage]:
+        return summarizing.messages(_of_summary(value), configurable)
+
+    def num_tokens(value: dict[str, Any], limit: int) -> int:
+        assert summarizing.num_tokens is not None
+        return summarizing.num_tokens(_of_summary(value), limit)
+
+    return Chain(
+        name="brief",
+        description="Summarize a text, a file or several documents in another language.",
+        runnable=runnable.with_types(input_type=BriefInput, output_type=str),
+        input_type=BriefInput,
+        messages=messages,
+        options=summarizing.options,
+        num_tokens=num_tokens,
+        prepare=summarizing.prepare,
+        example=EXAMPLE,
+    )

@@ -1,0 +1,91 @@
+"""A conversation that outgrows the context: what of it a model is shown. Knows messages, and what chat models say of
+themselves; knows no chain and no model of its own.
+
+    system messages   stay, wherever they are
+    the last turn     stays: the last human message, and whatever follows it
+    older turns       go whole, the oldest first: a human message, and whatever follows it up to the next one
+
+Turns go in steps of about a quarter of the room. If just enough went, every further turn would push out another one,
+and the prompt would begin anew each time; so it begins the same for some turns, and a model that keeps what it has
+computed of a prompt can go on from there. Nothing is remembered for that: where the cut is follows from the messages.
+"""
+
+from collections.abc import Callable, Sequence
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages.utils import count_tokens_approximately
+
+ANSWER_TOKENS = 1024
+"""Kept free for an answer whose `max_tokens` is not given; a quarter of the context, where that is less."""
+
+Count = Callable[[list[BaseMessage]], int]
+"""Tokens of a whole prompt: these messages, and what the model's template puts around them."""
+
+PROBE: tuple[BaseMessage, ...] = (HumanMessage("?"), AIMessage("!"))
+"""A turn to measure others by: what is counted more with them than without is theirs."""
+
+
+def trim_to_fit(model: BaseChatModel, messages: Sequence[BaseMessage], *, max_tokens: int | None) -> list[BaseMessage]:
+    """Leave out old turns until the rest, and an answer of `max_tokens`, fit the model's context.
+
+    Nothing is known, and nothing left out, of a model whose `profile` does not say how much it can hold. Raises what
+    the model raises when it counts.
+    """
+    count = model.get_num_tokens_from_messages if _counts_itself(model) else count_tokens_approximately
+    if model.profile is None and _counts_itself(model):
+        count([HumanMessage("?")])  # some have their profile from their first use on
+    context = (model.profile or {}).get("max_input_tokens")
+    if context is None:
+        return list(messages)
+    max_tokens = max_tokens or getattr(model, "max_tokens", None) or min(ANSWER_TOKENS, context // 4)
+    return trim(messages, context - max_tokens, count)
+
+
+def _counts_itself(model: BaseChatModel) -> bool:
+    # LangChain's own way asks a hub for another model's tokenizer, for over a minute where there is no network.
+    ways = ("get_num_tokens_from_messages", "get_num_tokens", "get_token_ids")
+    has_own = any(getattr(type(model), way) is not getattr(BaseChatModel, way) for way in ways)
+    return has_own or model.custom_get_token_ids is not None
+
+
+def trim(messages: Sequence[BaseMessage], room: int, count: Count) -> list[BaseMessage]:
+    """Leave out old turns until the rest takes at most `room` tokens, or only system messages and the last turn are
+    left.
+
+    Costs one count of the whole, and about two counts of what fits into the room.
+    """
+    num_tokens = count(list(messages))
+    starts = [0, *(i for i, message in enumerate(messages) if i and isinstance(message, HumanMessage))]
+    if num_tokens <= room or len(starts) == 1:
+        return list(messages)
+    num_left_out = _choose(messages, starts, num_tokens, room, count)
+    while num_left_out < len(starts) - 1 and count(_kept(messages, starts[num_left_out])) > room:
+        num_left_out += 1  # the sum of the turns was less than the whole
+    return _kept(messages, starts[num_left_out])
+
+
+def _choose(messages: Sequence[BaseMessage], starts: list[int], num_tokens: int, room: int, count: Count) -> int:
+    """How many turns to leave out, by the sum of what each of them takes."""
+    num_left_out = len(starts) - 1
+    least = count(_kept(messages, starts[-1]))
+    free, excess, left_out = room - least, num_tokens - room, num_tokens - least
+    step = max(room // 4, 1)
+    while step > max(free // 3, 1):  # the last turn takes much of the room: leave something of what came before it
+        step //= 2
+    enough = -(-excess // step) * step
+    without = count(list(PROBE))
+    while num_left_out:
+        turn = messages[starts[num_left_out - 1] : starts[num_left_out]]
+        size = count([*PROBE, *(message for message in turn if not isinstance(message, SystemMessage))]) - without
+        # The turn in which a step ends goes whole, but not one that is so long that much more would go than has to.
+        if left_out - size < (enough if left_out <= enough + step else excess):
+            break
+        left_out -= size
+        num_left_out -= 1
+    return num_left_out
+
+
+def _kept(messages: Sequence[BaseMessage], start: int) -> list[BaseMessage]:
+    old = (message for message in messages[:start] if isinstance(message, SystemMessage))
+    return [*old, *messages[start:]]

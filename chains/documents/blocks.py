@@ -1,0 +1,122 @@
+"""A long text block by block, as far as Markdown lets it be cut without a look at the rest.
+
+A block ends at a blank line before a line that is not indented: no list, quote or table goes on there. Code in fences,
+comments and the like may hold blank lines. Knows lines, not what is in them.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SOFT_LIMIT = 30_000
+"""Characters after which a block ends at the next line that seems to begin something. Bounds the wait for the first."""
+
+HARD_LIMIT = 200_000
+"""Characters after which it ends anyway, be it inside a table."""
+
+_LONGEST_LINE = 20_000
+_FRONT_MATTER_LIMIT = 20_000
+
+_LINE = re.compile(rf"[^\r\n]{{0,{_LONGEST_LINE}}}(?:\r\n|\r|\n)?")
+_SENTENCE_END = re.compile(r".*(?:[.!?][\"'”’)]?\s|[。！？])", re.DOTALL)
+_BEGINS = re.compile(r"[^\s|>]")
+_FENCE = re.compile(
+    r"(?P<before>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(?:(?P<ticks>`{3,})(?![^\r\n]*`)|(?P<tildes>~{3,}))"
+)
+_RAW = re.compile(r" {0,3}<(?:(?P<tag>script|pre|style|textarea)\b|(?P<other>!--|\?|!\[CDATA\[))", re.IGNORECASE)
+_RAW_ENDS = {"!--": "-->", "?": r"\?>", "![CDATA[": "]]>", "![cdata[": "]]>"}
+_FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*(?:\r\n|\r|\n)(?=\S)")
+_FRONT_MATTER_END = re.compile(r"(?<=[\r\n])(?:---|\.\.\.)[ \t]*(?:\r\n|\r|\n|\Z)")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some lines of a text. A fixed one has no words, or none that may change."""
+
+    text: str
+    is_fixed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A fence, comment or the like that a line has opened."""
+
+    end: re.Pattern[str]
+    """Found in the line that closes it."""
+
+    is_fence: bool
+    is_outermost: bool
+    """Not in a list, whose end is its end too. In a quote there are no blank lines, so nothing need be known."""
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The blocks of a text, one after the other; none is empty, joined they are the text. Fences come as fixed."""
+    start = _end_of_front_matter(text)
+    if start:
+        yield Block(text[:start], is_fixed=True)
+    held: list[str] = []
+    size = 0
+    opened: _Open | None = None
+    is_fixed = was_blank = is_inside_line = False
+    for line in lines(text, start):
+        if opened and not opened.is_outermost and not line[0].isspace():
+            opened = None  # the list ends, and what is open in it
+        is_next = opened is None and was_blank and not line[0].isspace()
+        is_full = size > SOFT_LIMIT and (is_inside_line or bool(_BEGINS.match(line)) or size > HARD_LIMIT)
+        if held and (is_next or is_full):
+            yield Block("".join(held), is_fixed)
+            held, size = [], 0
+            opened = opened if opened and opened.is_outermost else None
+            is_fixed = opened is not None
+        if opened is None and not is_inside_line:
+            opened = _opened_by(line)
+            is_fixed = opened is not None and opened.is_fence and opened.is_outermost and not held
+            is_closed = False
+        else:
+            is_closed = opened is not None and bool(opened.end.search(line))
+        held.append(line)
+        size += len(line)
+        if is_closed:
+            opened = None
+            if is_fixed:
+                yield Block("".join(held), is_fixed)
+                held, size, is_fixed = [], 0, False
+        was_blank = not is_inside_line and not line.strip()
+        is_inside_line = line[-1] not in "\r\n"
+    if held:
+        yield Block("".join(held), is_fixed)
+
+
+def lines(text: str, start: int = 0) -> Iterator[str]:
+    """The lines of a text with their ends, as Markdown has them: `\\n`, `\\r\\n` or `\\r`. Very long ones in pieces."""
+    while start < len(text):
+        found = _LINE.match(text, start)
+        assert found is not None
+        line = found.group()
+        if line[-1] not in "\r\n" and found.end() < len(text):
+            sentences = _SENTENCE_END.match(line)
+            line = sentences.group() if sentences else line[: line.rfind(" ") + 1] or line
+        yield line
+        start += len(line)
+
+
+def _opened_by(line: str) -> _Open | None:
+    if fence := _FENCE.match(line):
+        mark, indent = fence["ticks"] or fence["tildes"], len(fence["before"].expandtabs(4))
+        is_outermost = indent < 4 and not fence["before"].strip()
+        end = re.compile(rf"\A {{0,{3 if is_outermost else indent + 3}}}{mark[0]}{{{len(mark)},}}[ \t]*[\r\n]*\Z")
+        return _Open(end, is_fence=True, is_outermost=is_outermost)
+    if raw := _RAW.match(line):
+        end = re.compile(
+            r"</(?:script|pre|style|textarea)>" if raw["tag"] else _RAW_ENDS[raw["other"].lower()], re.IGNORECASE
+        )
+        if not end.search(line, raw.end()):
+            return _Open(end, is_fence=False, is_outermost=True)
+    return None
+
+
+def _end_of_front_matter(text: str) -> int:
+    if not _FRONT_MATTER.match(text):
+        return 0
+    end = _FRONT_MATTER_END.search(text, 4, _FRONT_MATTER_LIMIT)
+    return end.end() if end else 0

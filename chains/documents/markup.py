@@ -1,0 +1,249 @@
+"""What of a text, Markdown or plain, is words, and what must come out of a translation as it is.
+
+    parts    a text as leaves (paragraphs, headings, table cells, …: words) and what is between them (fixed)
+    finer    the words of a leaf as words alone and what in a line must not change
+    faults   what of a leaf its translation did not keep
+
+Works block by block, so that the first part of a book comes at once. Where the leaves are is markdown-it-py's
+knowledge; it is asked only about blocks that have marks in them, as it is slow. Whatever it does not call a leaf is
+fixed, so nothing can be lost. Does not know a model, nor how long a part may be.
+"""
+
+import re
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from chains.documents.blocks import blocks
+from chains.documents.inline import Kind, has_words, normal_label, pieces, spelled_out
+from chains.documents.kept import faults
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.token import Token
+
+__all__ = ["Part", "faults", "finer", "parts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a text. Joined, the texts of its parts are the text again."""
+
+    text: str
+    is_fixed: bool
+    """It must come out as it is, and is never shown to the model."""
+
+    is_line: bool = False
+    """What stands for it must be one line: it is a heading, a cell, or in a list or quote."""
+
+    shown: str | None = None
+    """The words as they are best shown, where that is not `text`: without the markers that lines in lists and quotes
+    have of their own, as one line; and a `[label]` that is defined elsewhere as `[label][label]`."""
+
+    @property
+    def words(self) -> str:
+        """What the model is shown, and `faults` and `finer` are given; its translation takes the place of `text`."""
+        return self.text if self.shown is None else self.shown
+
+    @property
+    def unwrapped(self) -> str | None:
+        """The same as `shown`."""
+        return self.shown
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Where in a block words stand."""
+
+    start: int
+    end: int
+
+
+_LOOK = 100_000
+"""How many characters from its start say whether a text is Markdown."""
+
+_MARKDOWN = re.compile(
+    r"""(?: \A | [\r\n] ) [ ]{0,3} (?:
+            (?: `{3} | ~{3} ) [^`\r\n]{0,100} [\r\n]   # a fence
+            | \#{1,6} [ ] \S                           # a heading
+            | \|? [ ]? :? -{3,200} :? [ ]? \|          # a table
+            | \[ [^\[\]\r\n]{1,200} \]: [ ] )          # a definition
+        | \]\( [^\s()]{1,500} \)                       # a link
+        | (?<!`) ` [^`\r\n]{1,200} ` (?! [\w`] )      # code""",
+    re.VERBOSE,
+)
+_MARKED_LINE = re.compile(r"(?:\A|[\r\n])[ \t]*(?:[#>|<=*+\-_~`:\[]|\d{1,9}[.)])")
+_INDENTED_LINE = re.compile(r"(?:\A|[\r\n])(?: {4}| {0,3}\t)")
+_SPACE = " \t\r\n"
+_CELLS = ("th_open", "td_open")
+_HEAD = re.compile(r"\[[ xX]\][ \t]+|\[![A-Za-z]{3,20}\][ \t]*|\[\^[^\[\]\s]{1,100}\]:[ \t]*")
+"""What may stand before the words of a leaf: a task's box, the kind of an alert, a footnote's name."""
+
+_TAG_AMONG_WORDS = re.compile(
+    r"</?(?:a|abbr|b|bdi|bdo|big|cite|code|del|dfn|em|font|i|ins|kbd|mark|q|s|samp|small|span|strike|strong|sub|sup|tt|u"
+    r"|var)(?=[\s/>])",
+    re.IGNORECASE,
+)
+_RAW_TAG = re.compile(r"<(script|style|pre|textarea)(?=[\s/>])", re.IGNORECASE)
+_DEFINITION = re.compile(r"(?<=\[)([^\[\]^][^\[\]]{0,200})\]:[ \t\r\n]")
+_GAP = re.compile(r"(?>\r\n|\r|\n)(?:[^\S\r\n]*(?>\r\n|\r|\n))+")
+_LINE_END = re.compile(r"\r\n?|\n")
+
+
+def parts(text: str) -> Iterator[Part]:
+    """The parts of a text, one after the other: leaves and what is between them. None is empty.
+
+    Leaves are without white space at their ends. Fixed are: code blocks, front matter, rules, definitions of link
+    targets, comments, HTML tags, markers of lists, quotes and tables, and whatever has no letter outside of these.
+    Indented blocks are code only in a text that looks like Markdown: plain books indent their paragraphs.
+    """
+    is_markdown = bool(_MARKDOWN.search(text, 0, _LOOK))
+    labels = frozenset(normal_label(found[1]) for found in _DEFINITION.finditer(text))
+    for block in blocks(text):
+        if block.is_fixed:
+            yield Part(block.text, is_fixed=True)
+        else:
+            yield from _with_gaps(block.text, _leaves(block.text, is_markdown), labels)
+
+
+def finer(text: str) -> list[Part]:
+    """The words of a leaf, and as fixed all that must not change in it, marks too; joined they are the text."""
+    found: list[Part] = []
+    for piece in pieces(text):
+        is_fixed = piece.kind is not Kind.WORDS
+        if is_fixed and found and found[-1].is_fixed:
+            found[-1] = Part(found[-1].text + piece.text, is_fixed=True)
+        else:
+            found.append(Part(piece.text, is_fixed, is_line=not is_fixed))
+    return found
+
+
+def _with_gaps(text: str, leaves: Iterator[tuple[list[_Span], bool]], labels: Container[str]) -> Iterator[Part]:
+    """The parts of a block, given its leaves: the spans of each, and whether it must be one line."""
+    end = 0
+    for spans, is_line in leaves:
+        start, stop = _trimmed(text, spans[0].start, spans[-1].end)
+        leaf = text[start:stop]
+        if start < end or not has_words(leaf):
+            continue
+        if start > end:
+            yield Part(text[end:start], is_fixed=True)
+        shown = spelled_out(_unwrapped(text, spans) if len(spans) > 1 else leaf, labels)
+        yield Part(leaf, False, is_line, None if shown == leaf else shown)
+        end = stop
+    if end < len(text):
+        yield Part(text[end:], is_fixed=True)
+
+
+def _unwrapped(text: str, spans: list[_Span]) -> str:
+    line = ""
+    for span in spans:
+        words = text[span.start : span.end].strip()
+        # Scripts that write no spaces between words get none where their lines are joined.
+        line += " " if line and words and min(line[-1], words[0]) < "\u2e80" else ""
+        line += words
+    return line
+
+
+def _leaves(text: str, is_markdown: bool) -> Iterator[tuple[list[_Span], bool]]:
+    if not _MARKED_LINE.search(text) and not (is_markdown and _INDENTED_LINE.search(text)):
+        start = 0
+        for gap in _GAP.finditer(text):
+            yield [_Span(start, gap.start())], False
+            start = gap.end()
+        yield [_Span(start, len(text))], False
+        return
+    starts = [0, *(end.end() for end in _LINE_END.finditer(text)), len(text)]
+    opened, cursor = "", 0
+    for token in _parser(is_markdown).parse(text):
+        if token.type == "inline" and token.content and token.map:
+            for leaf in _of_token(token, opened, text, starts, cursor):
+                yield leaf
+                cursor = leaf[0][-1].end
+        elif token.type == "html_block" and token.level == 0 and token.map:
+            yield from _of_html(text, starts[token.map[0]], starts[token.map[1]])
+        opened = token.type
+
+
+def _of_token(
+    token: "Token", opened: str, text: str, starts: list[int], cursor: int
+) -> Iterator[tuple[list[_Span], bool]]:
+    """Where the words of a paragraph, heading or cell stand: the parser tells its lines, and what it read in them."""
+    assert token.map is not None
+    first = token.map[0]
+    if opened in _CELLS:
+        written = token.content.replace("|", r"\|")
+        start = text.replace("\0", "\ufffd").find(written, max(starts[first], cursor), starts[first + 1])
+        if start >= 0:
+            yield [_Span(start, start + len(written))], True
+        return
+    spans = []
+    is_heading = opened == "heading_open"
+    for number, content in enumerate(token.content.split("\n"), start=first):
+        line, words = text[starts[number] : starts[number + 1]].rstrip(_SPACE), content.strip(_SPACE)
+        if is_heading and not line.replace("\0", "\ufffd").endswith(words):
+            line = line.rstrip("#").rstrip(_SPACE)
+        end = starts[number] + len(line)
+        spans.append(_Span(end - len(words), end))
+    if head := _HEAD.match(text, spans[0].start, spans[0].end):
+        spans[0] = _Span(head.end(), spans[0].end)
+        spans = spans[1:] if head.end() == spans[0].end else spans
+        if not spans:
+            return
+    if token.level == 1:
+        yield [_Span(spans[0].start, spans[-1].end)], is_heading and len(spans) == 1
+        return
+    # In a list or quote lines have markers of their own: without them, those up to a hard line break are one line.
+    run: list[_Span] = []
+    for span in spans:
+        is_backslash = text[span.end - 1] == "\\" and span is not spans[-1]
+        run.append(_Span(span.start, span.end - is_backslash))
+        if is_backslash or text.startswith("  ", span.end):
+            yield run, True
+            run = []
+    if run:
+        yield run, True
+
+
+def _of_html(text: str, start: int, end: int) -> Iterator[tuple[list[_Span], bool]]:
+    """The words between the tags of an HTML block, each run as one line; tags like `<em>` do not end a run."""
+    run = at = start
+    while at < end:
+        tag = text.find("<", at, end)
+        if tag < 0:
+            break
+        closing = ">"
+        if text.startswith("<!--", tag):
+            closing = "-->"
+        elif raw := _RAW_TAG.match(text, tag, end):
+            closing = f"</{raw[1]}>"
+        closed = text.find(closing, tag, end)
+        at = closed + len(closing) if closed >= 0 else end
+        if closed < 0 or not _TAG_AMONG_WORDS.match(text, tag, end):
+            yield _rows(text, *_trimmed(text, run, tag)), True
+            run = at
+    yield _rows(text, *_trimmed(text, run, end)), True
+
+
+def _rows(text: str, start: int, end: int) -> list[_Span]:
+    """The lines of what stands there."""
+    ends = [found.start() for found in _LINE_END.finditer(text, start, end)]
+    starts = [found.end() for found in _LINE_END.finditer(text, start, end)]
+    return [_Span(*row) for row in zip([start, *starts], [*ends, end], strict=True)]
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """The same place without the white space around it."""
+    words = text[start:end]
+    return end - len(words.lstrip()), start + len(words.rstrip())
+
+
+@lru_cache(maxsize=2)
+def _parser(is_markdown: bool) -> "MarkdownIt":
+    """A parser of blocks alone; for plain text, one to which indented lines are paragraphs."""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark").enable("table")
+    parser.core.ruler.disable("inline")
+    return parser if is_markdown else parser.disable("code")

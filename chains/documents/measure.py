@@ -1,0 +1,58 @@
+"""What a chat model can take, in its own tokens. Knows LangChain's models by what they say of themselves."""
+
+from collections.abc import Sequence
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import BaseMessage
+
+UNKNOWN_CONTEXT = 4096
+"""Tokens, for models that do not say."""
+
+WINDOW = 65_536
+"""Characters that are tokenized at once: a tokenizer takes hundreds of bytes of memory for each."""
+
+
+class Measure:
+    """Counts tokens of one model."""
+
+    def __init__(self, model: BaseChatModel) -> None:
+        self._model = model
+        # LangChain's own way to count for a model that has none is GPT-2's tokenizer from the hub.
+        kind = type(model)
+        self._can_count = (
+            kind.get_token_ids is not BaseChatModel.get_token_ids
+            or kind.get_num_tokens is not BaseChatModel.get_num_tokens
+            or model.custom_get_token_ids is not None
+        )
+
+    def count(self, text: str) -> int:
+        """Tokens of a text; of a model that cannot say, more than any tokenizer would make of ordinary text."""
+        if self._can_count:
+            return self._model.get_num_tokens(text)
+        return len(text.encode(errors="replace")) // 2 + 1
+
+    def count_messages(self, messages: Sequence[BaseMessage]) -> int:
+        """Tokens of a prompt."""
+        if self._can_count:
+            return self._model.get_num_tokens_from_messages(list(messages))
+        return sum(self.count(message.text) + 8 for message in messages)
+
+    def count_up_to(self, text: str, limit: int) -> int:
+        """Tokens of a text, counted window by window until they are more than a limit."""
+        num_tokens = 0
+        for start in range(0, len(text), WINDOW):
+            num_tokens += self.count(text[start : start + WINDOW])
+            if num_tokens > limit:
+                break
+        return num_tokens
+
+    def is_at_most(self, text: str, limit: int) -> bool:
+        """Whether a text has at most so many tokens. A long one is not counted whole to say no."""
+        return self.count_up_to(text, limit) <= limit
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together."""
+        self.count("")  # a model of ours has its profile once it was used
+        profile = self._model.profile or {}
+        return profile.get("max_input_tokens") or UNKNOWN_CONTEXT

@@ -1,0 +1,318 @@
+"""How one segment is translated: asked for, looked at, and if it is not good, asked for again in smaller pieces."""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import BaseMessage
+from langchain_core.messages.ai import AIMessageChunk, UsageMetadata, add_usage
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import patch_config
+from pydantic import BaseModel, ConfigDict
+
+from chains.documents.cutting import cut
+from chains.documents.languages import Language, is_written_in
+from chains.documents.kept import faults
+from chains.documents.markup import Part, finer
+from chains.documents.measure import Measure
+from chains.segments import CONTEXT_TOKENS, Segment
+from chains.texts import instructions
+
+SEGMENT_TOKENS = 300
+"""Of the words that are translated at once, at most."""
+
+GROWTH = 3
+"""Tokens of a translation for each of its source, at most; twice as many at the second try. What takes more than that
+is no translation, but a model that does not find its end."""
+
+EXTRA_TOKENS = 32
+"""More, for the shortest."""
+
+MIN_BUDGET = 16
+
+PROMPT = ChatPromptTemplate(
+    [
+        instructions(
+            "You are a professional translator. Answer with the translation of the user's text alone, without notes "
+            "or quotation marks. Keep meaning, tone and formatting; code, URLs, tags and placeholders stay as they "
+            "are.{context} Translate{source} into {target}.{formality}{glossary}"
+        ),
+        ("human", "{words}"),
+    ]
+)
+"""The order comes last: small models take what comes last for it."""
+
+CONTEXT = "\n\nThe text stands between these two, which you do not translate:\n{before}\n…\n{after}\n\n"
+
+
+class SegmentReport(BaseModel):
+    """What became of a segment. All sources put together are the text, all targets its translation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    source: str
+    target: str
+    status: Literal["kept", "translated", "mended", "faulty"]
+    """kept: there was nothing to translate; mended: right at the second try; faulty: see `problems`."""
+    problems: list[str]
+    finish_reason: str | None
+    usage: UsageMetadata | None
+    """Of all tries."""
+    done: int
+    """Characters of the text up to here."""
+    total: int
+
+    @classmethod
+    def kept(cls, text: str) -> Self:
+        """Of a text that is as it should be."""
+        return cls(
+            index=0,
+            source=text,
+            target=text,
+            status="kept",
+            problems=[],
+            finish_reason=None,
+            usage=None,
+            done=len(text),
+            total=len(text),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is asked of a translation."""
+
+    source: Language | None
+    target: Language
+    formality: Literal["formal", "informal"] | None
+    glossary: Mapping[str, str]
+
+    def messages(self, words: str, before: str = "", after: str = "") -> list[BaseMessage]:
+        """What the model is shown."""
+        terms = self.terms_in(words)
+        is_part = before or after
+        return PROMPT.format_messages(
+            source=f" from {self.source.name}" if self.source else "",
+            target=self.target.name,
+            formality=f" Use {self.formality} language." if self.formality else "",
+            glossary="".join(f"\nTranslate “{term}” as “{terms[term]}”." for term in terms),
+            context=CONTEXT.format(before=before, after=after) if is_part else "",
+            words=words,
+        )
+
+    def terms_in(self, words: str) -> dict[str, str]:
+        """The terms of the glossary that stand in a text."""
+        return {term: self.glossary[term] for term in self.glossary if _stands_in(term, words)}
+
+    def overhead(self, measure: Measure) -> int:
+        """Tokens of a prompt besides the words, at most."""
+        every = " ".join(self.glossary)
+        return measure.count_messages(self.messages(every)) + 2 * CONTEXT_TOKENS
+
+
+def budget(wish: Wish, measure: Measure) -> int:
+    """Tokens of words that fit into the model's context together with all else; less than `MIN_BUDGET` if few do."""
+    room = measure.context - wish.overhead(measure) - EXTRA_TOKENS
+    return min(SEGMENT_TOKENS, room // (1 + 2 * GROWTH))
+
+
+@dataclass(slots=True)
+class Attempt:
+    """An answer as it comes."""
+
+    words: str
+    raw: str = ""
+    num_out: int = 0
+    """Characters of `text` that have gone out."""
+    finish_reason: str | None = None
+    usage: UsageMetadata | None = None
+    problems: list[str] = field(default_factory=list)
+    mended: str | None = None
+    """What stands for the answer, if it was put together from several."""
+
+    def add(self, chunk: BaseMessage) -> None:
+        """Take in more of the answer."""
+        self.raw += chunk.text
+        self.finish_reason = chunk.response_metadata.get("finish_reason") or self.finish_reason
+        if isinstance(chunk, AIMessageChunk):
+            self.usage = add_usage(self.usage, chunk.usage_metadata) if chunk.usage_metadata else self.usage
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without what would end a paragraph: each is a beginning of the next."""
+        if self.mended is not None:
+            return self.mended
+        text = self.raw.strip()
+        return re.sub(r"\n\s*\n\s*", "\n", text) if "\n" in self.words else re.sub(r"\s*\n\s*", " ", text)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether all there is so far stands in the source just so."""
+        return self.words.casefold().startswith(self.text.casefold())
+
+    def take(self) -> str:
+        """What has not gone out yet."""
+        new = self.text[self.num_out :]
+        self.num_out += len(new)
+        return new
+
+
+class Translator:
+    """Translates the segments of one text."""
+
+    def __init__(
+        self,
+        model: BaseChatModel,
+        wish: Wish,
+        options: Mapping[str, Any],
+        config: RunnableConfig,
+        *,
+        measure: Measure,
+        total: int,
+        is_streamed: bool,
+    ) -> None:
+        """Begin.
+
+        Args:
+            model: Any chat model.
+            wish: What is asked for.
+            options: Call arguments for the model; `max_tokens` are those of a segment.
+            config: Of the run that this is part of.
+            measure: The model's.
+            total: Characters of the text.
+            is_streamed: Whether somebody reads the translation as it comes.
+        """
+        self._model = model
+        self._wish = wish
+        self._options = options
+        self._config = config
+        self._count = measure.count
+        self._total = total
+        self._is_streamed = is_streamed
+
+    async def translate(self, segment: Segment, its_turn: asyncio.Event) -> AsyncGenerator[str | SegmentReport]:
+        """Yield the translation, as it comes once it is its turn, and then what there is to tell of it.
+
+        What has gone out cannot be taken back. So what has something in it that must stay is held until it was looked
+        at, and so is what begins as its source does.
+        """
+        if segment.head:
+            yield segment.head
+        if not segment.words:
+            yield self._report(segment, Attempt(""), "kept")
+            return
+        attempt = Attempt(segment.words)
+        may_flow = self._is_streamed and not segment.is_line and all(not part.is_fixed for part in finer(segment.words))
+        name = f"segment {segment.index + 1}"
+        async with aclosing(self._ask(segment.words, name, before=segment.before, after=segment.after)) as chunks:
+            async for chunk in chunks:
+                attempt.add(chunk)
+                if may_flow and its_turn.is_set() and not attempt.is_copy:
+                    yield attempt.take()
+        attempt.problems = self._problems(attempt, is_line=segment.is_line)
+        status: Literal["translated", "mended", "faulty"] = "faulty" if attempt.problems else "translated"
+        if attempt.problems and not attempt.num_out:
+            attempt = await self._again(segment, attempt, name)
+            status = "faulty" if attempt.problems else "mended"
+        yield attempt.take()
+        attempt.problems += self._missed_terms(attempt)
+        yield self._report(segment, attempt, status)
+
+    async def _again(self, segment: Segment, first: Attempt, name: str) -> Attempt:
+        """Translate the words in smaller pieces: around what must stay, or else in halves. What cannot be had stays."""
+        pieces = finer(segment.words)
+        if len(pieces) == 1:
+            half = max(MIN_BUDGET // 2, self._count(segment.words) * 2 // 3)
+            pieces = [Part(piece, is_fixed=False) for piece in cut(segment.words, budget=half, count=self._count)]
+        second = Attempt(segment.words, usage=first.usage, finish_reason=first.finish_reason)
+        mended, finish_reasons = [], []
+        for index, piece in enumerate(pieces):
+            words = piece.text.strip()
+            if piece.is_fixed or not any(map(str.isalpha, words)):
+                mended.append(piece.text)
+                continue
+            attempt = Attempt(words)
+            async with aclosing(self._ask(words, f"{name}, again {index + 1}", growth=2 * GROWTH)) as chunks:
+                async for chunk in chunks:
+                    attempt.add(chunk)
+            problems = self._problems(attempt, is_line=segment.is_line or (len(pieces) > 1 and "\n" not in words))
+            is_of_use = problems in ([], [TRUNCATED])
+            before, _, after = piece.text.partition(words)
+            mended.append(before + (attempt.text if is_of_use else words) + after)
+            second.problems += problems
+            if attempt.usage:
+                second.usage = add_usage(second.usage, attempt.usage)
+            finish_reasons.append(attempt.finish_reason)
+        if finish_reasons:
+            second.finish_reason = "length" if "length" in finish_reasons else finish_reasons[-1]
+        second.mended = "".join(mended)
+        second.problems += faults(segment.words, second.text, is_line=segment.is_line)
+        return second
+
+    def _ask(
+        self, words: str, name: str, *, before: str = "", after: str = "", growth: int = GROWTH
+    ) -> AsyncGenerator[AIMessageChunk]:
+        most = {"max_tokens": growth * self._count(words) + EXTRA_TOKENS}
+        return self._model.astream(  # type: ignore[return-value]
+            self._wish.messages(words, before, after),
+            patch_config(self._config, run_name=name),
+            **{**most, **self._options},
+        )
+
+    def _problems(self, attempt: Attempt, *, is_line: bool) -> list[str]:
+        words, text = attempt.words, attempt.text
+        if not text:
+            return ["the answer was empty"]
+        if attempt.finish_reason == "length" and "max_tokens" not in self._options:
+            return [TRUNCATED]
+        if self._is_untranslated(words, text):
+            return ["it came back untranslated"]
+        return faults(words, text, is_line=is_line)
+
+    def _is_untranslated(self, words: str, text: str) -> bool:
+        if _plain(words) == _plain(text):
+            return len(words.split()) >= MANY_WORDS or len(words) >= LONG  # a name is the same in any language
+        source, target = self._wish.source, self._wish.target
+        if source is None:
+            return False
+        return is_written_in(text, target) is False and is_written_in(text, source) is True
+
+    def _missed_terms(self, attempt: Attempt) -> list[str]:
+        said = _plain(attempt.text)
+        terms = self._wish.terms_in(attempt.words)
+        return [f"“{term}” is not “{wanted}”" for term, wanted in terms.items() if _plain(wanted) not in said]
+
+    def _report(
+        self, segment: Segment, attempt: Attempt, status: Literal["kept", "translated", "mended", "faulty"]
+    ) -> SegmentReport:
+        return SegmentReport(
+            index=segment.index,
+            source=segment.source,
+            target=segment.head + attempt.text,
+            status=status,
+            problems=attempt.problems,
+            finish_reason=attempt.finish_reason,
+            usage=attempt.usage,
+            done=segment.end,
+            total=self._total,
+        )
+
+
+TRUNCATED = "the answer was cut off at its greatest length"
+MANY_WORDS = 4
+LONG = 24
+"""Words, and characters, from which on what is equal to its source is no translation of it."""
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _stands_in(term: str, words: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(term)}(?!\w)", words, re.IGNORECASE) is not None

@@ -1,0 +1,494 @@
+"""What comes out of honest files, and what becomes of those that are not."""
+
+import asyncio
+import json
+import os
+import textwrap
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import anyio
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from chains.documents import files
+from chains.documents.files import FileLimits, FileReader, FileText
+from chains.errors import InputError, TooLarge, UnreadableFile
+from tests.files import making
+
+MIB = 2**20
+
+
+async def read(content: bytes, **limits: float) -> FileText:
+    return await FileReader(FileLimits(**limits)).read(content)  # type: ignore[arg-type]
+
+
+async def refusal(content: bytes, **limits: float) -> str:
+    """The message for a file that cannot be read. It tells nothing of the machine."""
+    with pytest.raises(InputError) as caught:
+        await read(content, **limits)
+    message = str(caught.value)
+    assert caught.value.field == "file"
+    assert "Traceback" not in message
+    assert str(Path(files.__file__).parent.parent) not in message
+    return f"{type(caught.value).__name__}: {message}"
+
+
+class TestPdf:
+    async def test_pages_paragraphs_and_the_title_come_out(self) -> None:
+        content = making.pdf(["Crème brûlée (easy)\nserves four\n\nWhisk the eggs.", "Bake it."], "Überraschung")
+        assert await read(content) == FileText(
+            "Überraschung", "Crème brûlée (easy)\nserves four\n\nWhisk the eggs.\n\nBake it.", "pdf", 2
+        )
+
+    async def test_a_word_that_is_hyphenated_at_the_end_of_a_line_is_one_word(self) -> None:
+        found = await read(making.pdf(["All human beings are born free and eq-\nual in dignity and rights."]))
+        assert found.text == "All human beings are born free and equal in dignity and rights."
+
+    async def test_what_comes_before_its_header_does_not_hide_a_pdf(self) -> None:
+        assert (await read(b"X-Sent-By: scanner\r\n\r\n" + making.pdf(["Here."]))).text == "Here."
+
+    async def test_a_pdf_that_asks_for_a_password_is_refused(self) -> None:
+        assert "locked with a password" in await refusal(making.encrypted_pdf("secret"))
+
+    async def test_an_encrypted_pdf_that_opens_without_a_password_is_read(self) -> None:
+        assert (await read(making.encrypted_pdf(""))).text == "Behind a lock."
+
+    async def test_pages_of_images_are_refused_with_what_to_do(self) -> None:
+        said = await refusal(making.image_only_pdf(3))
+        assert said == "UnreadableFile: the file has no text in it: 3 pages of images; run OCR first"
+
+    async def test_a_pdf_without_pages_is_refused(self) -> None:
+        assert "no pages" in await refusal(making.pdf([]))
+
+    @pytest.mark.parametrize("count", [None, 0], ids=["counted", "uncounted"])
+    async def test_too_many_pages_are_refused_with_the_numbers(self, count: int | None) -> None:
+        said = await refusal(making.many_pages_pdf(100_000, count=count))
+        assert said == "TooLarge: the file has 100,000 pages; at most 2,000 are read (SERVE_MAX_PAGES)"
+
+    @pytest.mark.parametrize("cut", [100, 2_000, 11_000])
+    async def test_a_truncated_pdf_is_told_to_be_damaged(self, cut: int) -> None:
+        assert "damaged" in await refusal(making.pdf(["A page."] * 50)[:cut])
+
+    async def test_a_page_tree_that_loops_ends(self) -> None:
+        assert "damaged" in await refusal(making.looping_pdf())
+
+    async def test_a_page_that_unpacks_to_gigabytes_is_refused(self) -> None:
+        content = making.pdf_bomb(4 * 2**30)
+        assert len(content) < 20_000
+        assert "more memory than 1,024 MiB" in await refusal(content)
+
+    async def test_more_text_than_the_limit_is_refused(self) -> None:
+        said = await refusal(making.pdf(["Ten words and some more to fill a line of it."] * 30), max_text=1_000)
+        assert said.startswith("TooLarge: the file has more than 1,000 characters")
+
+
+class TestDocx:
+    async def test_headings_lists_and_tables_come_out_as_markdown_in_their_order(self) -> None:
+        content = making.docx(
+            [
+                ("Annual report", "Title"),
+                ("Sales", "Heading 2"),
+                "They grew.",
+                ("in the north", "List Bullet"),
+                ("in the south", "List Bullet"),
+                [["Year", "Sum"], ["2025", "12|3"]],
+                "The end.",
+            ]
+        )
+        assert (await read(content)) == FileText(
+            "Annual report",
+            "# Annual report\n\n## Sales\n\nThey grew.\n\n- in the north\n- in the south\n\n"
+            "| Year | Sum |\n| --- | --- |\n| 2025 | 12\\|3 |\n\nThe end.",
+            "docx",
+            None,
+        )
+
+    async def test_the_title_among_the_properties_counts_first(self) -> None:
+        assert (await read(making.docx([("Shown", "Title")], title="Filed"))).title == "Filed"
+
+    async def test_numbered_lists_count_at_each_depth(self) -> None:
+        levels = "".join(
+            f'<w:lvl w:ilvl="{n}"><w:numFmt w:val="{form}"/></w:lvl>'
+            for n, form in enumerate(("decimal", "lowerLetter"))
+        )
+        numbering = (
+            f'<w:numbering xmlns:w="{making.WORDS}"><w:abstractNum w:abstractNumId="7">{levels}</w:abstractNum>'
+            '<w:num w:numId="1"><w:abstractNumId w:val="7"/></w:num></w:numbering>'
+        )
+        body = "".join(
+            f'<w:p><w:pPr><w:numPr><w:ilvl w:val="{depth}"/><w:numId w:val="1"/></w:numPr></w:pPr>'
+            f"<w:r><w:t>{text}</w:t></w:r></w:p>"
+            for depth, text in ((0, "a"), (1, "b"), (1, "c"), (0, "d"), (1, "e"))
+        )
+        found = await read(making.raw_docx(body, numbering=numbering))
+        assert found.text == "1. a\n  1. b\n  2. c\n2. d\n  1. e"
+
+    async def test_insertions_links_controls_and_text_boxes_are_text_and_deletions_are_not(self) -> None:
+        run = "<w:r><w:t>{}</w:t></w:r>"
+        body = (
+            "<w:sdt><w:sdtPr/><w:sdtContent><w:p>" + run.format("in a control") + "</w:p></w:sdtContent></w:sdt>"
+            "<w:p>" + run.format("kept, ") + "<w:ins>" + run.format("added") + "</w:ins><w:del><w:r><w:delText>gone"
+            "</w:delText></w:r></w:del><w:hyperlink>" + run.format(", linked") + "</w:hyperlink>"
+            "<w:r><mc:AlternateContent xmlns:mc='m'><mc:Choice><w:txbxContent><w:p>" + run.format("boxed")
+            + "</w:p></w:txbxContent></mc:Choice><mc:Fallback><w:txbxContent><w:p>" + run.format("boxed")
+            + "</w:p></w:txbxContent></mc:Fallback></mc:AlternateContent></w:r></w:p>"
+        )  # fmt: skip
+        assert (await read(making.raw_docx(body))).text == "in a control\n\nkept, added, linked\n\nboxed"
+
+    async def test_footnotes_are_told_where_they_belong(self) -> None:
+        notes = (
+            f'<w:footnotes xmlns:w="{making.WORDS}"><w:footnote w:type="separator" w:id="-1"><w:p/></w:footnote>'
+            '<w:footnote w:id="2"><w:p><w:r><w:t>In 1948.</w:t></w:r></w:p></w:footnote></w:footnotes>'
+        )
+        body = '<w:p><w:r><w:t>Proclaimed</w:t></w:r><w:r><w:footnoteReference w:id="2"/></w:r></w:p>'
+        assert (await read(making.raw_docx(body, footnotes=notes))).text == "Proclaimed[^2]\n\n[^2]: In 1948."
+
+    async def test_a_document_with_macros_and_a_glossary_is_read_without_them(self) -> None:
+        document = (
+            f'<w:document xmlns:w="{making.WORDS}"><w:body><w:p><w:r><w:t>{{}}</w:t></w:r></w:p></w:body></w:document>'
+        )
+        types = (
+            '<Types><Override PartName="/word/document.xml" ContentType='
+            '"application/vnd.ms-word.document.macroEnabled.main+xml"/><Override PartName="/word/glossary/document.xml"'
+            f' ContentType="{making.WORD}.document.glossary+xml"/><Override PartName="/word/glossary/styles.xml"'
+            f' ContentType="{making.WORD}.styles+xml"/></Types>'
+        )
+        content = making.archive(
+            {
+                "[Content_Types].xml": types,
+                "word/document.xml": document.format("The letter."),
+                "word/glossary/document.xml": document.format("A block."),
+                "word/glossary/styles.xml": "not even XML",
+            }
+        )
+        assert (await read(content)).text == "The letter."
+
+    async def test_a_bomb_is_refused_by_the_size_that_it_gives(self) -> None:
+        content = making.docx_bomb()
+        assert len(content) < 4 * MIB
+        assert (await refusal(content)).startswith("TooLarge: the file unpacks to more than 160,000,000 bytes")
+
+    async def test_a_bomb_that_lies_about_its_size_is_refused(self) -> None:
+        assert "damaged" in await refusal(making.docx_bomb(2**28, declared=1_000))
+
+    async def test_a_crowd_of_parts_is_refused(self) -> None:
+        content = making.archive({"[Content_Types].xml": making.CONTENT_TYPES} | {str(n): "" for n in range(20_001)})
+        assert "20,002 parts" in await refusal(content)
+
+    @pytest.mark.parametrize("external", [False, True], ids=["laughs", "of-this-machine"])
+    async def test_entities_are_neither_replaced_nor_loaded(self, external: bool) -> None:
+        assert "damaged" in await refusal(making.docx_with_entities(external=external))
+
+    async def test_tables_in_tables_are_read_or_refused(self) -> None:
+        assert (await read(making.nested_docx(20))).text == "deep"
+        assert "nested too deeply" in await refusal(making.nested_docx(100_000))
+
+    async def test_a_truncated_document_is_told_to_be_damaged(self) -> None:
+        content = making.docx(["Whole."])
+        assert "damaged" in await refusal(content[: len(content) // 2])
+        assert "damaged" in await refusal(content[:2000] + content[2050:])
+
+
+class TestHtml:
+    async def test_structure_comes_out_as_markdown_and_scripts_do_not(self) -> None:
+        page = """<!-- made by hand --><!doctype html>
+            <html><head><title>Tea &amp; cake</title><style>p {}</style></head><body>
+            <nav><a href=/>Home</a></nav><h1>Tea</h1><p>Boil
+            <b>water</b>.<br>Wait.<p>Drink.<ul><li>black<li>green<ol><li>first</ol></ul><pre>a  =
+  1</pre><table><tr><th>Kind<th>Minutes<tr><td>black<td>3</table><script>if (a<b) {"</p>"}</script>the end"""
+        assert await read(page.encode()) == FileText(
+            "Tea & cake",
+            "# Tea\n\nBoil water.\nWait.\n\nDrink.\n\n- black\n- green\n  1. first\n\n```\na  =\n  1\n```\n\n"
+            "| Kind | Minutes |\n| --- | --- |\n| black | 3 |\n\nthe end",
+            "html",
+            None,
+        )
+
+    @pytest.mark.parametrize(
+        ("encoding", "text"),
+        [
+            ("gb2312", "人人生而自由"),
+            ("windows-1251", "Все люди рождаются"),
+            ("iso-2022-jp", "すべての人間は"),
+            ("utf-16", "Tous"),
+        ],
+    )
+    async def test_its_encoding_is_the_one_that_it_declares(self, encoding: str, text: str) -> None:
+        found = await read(f'<html><meta charset="{encoding}"><p>{text}</p>'.encode(encoding))
+        assert (found.kind, found.text) == ("html", text)
+
+    async def test_a_table_that_only_lays_out_is_no_table(self) -> None:
+        page = f"<table><tr><td><h1>News</h1><p>{'word ' * 300}</p></td><td><p>Aside</p></td></tr></table>"
+        assert (await read(page.encode())).text == f"# News\n\n{('word ' * 300).strip()}\n\nAside"
+
+    async def test_a_hundred_thousand_boxes_in_each_other_are_read(self) -> None:
+        assert await read(making.nested_html(100_000)) == FileText("Deep", "At the bottom.\n\nAfter.", "html", None)
+
+    @pytest.mark.parametrize("tags", ["<ul><li>", "<table><tr><td>", "<b>", "<pre>", "<h1>"])
+    async def test_whatever_is_nested_is_read(self, tags: str) -> None:
+        assert "deep" in (await read(b"<!doctype html>" + tags.encode() * 50_000 + b"deep")).text
+
+    async def test_an_endless_attribute_is_no_text(self) -> None:
+        page = b"<!doctype html><p title='" + b"a" * (15 * MIB) + b"'>Short.</p>"
+        assert (await read(page)).text == "Short."
+
+    async def test_entities_do_not_read_files(self) -> None:
+        page = b"<!DOCTYPE html [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><p>Name: &x;</p>"
+        assert "root" not in (await read(page)).text
+
+
+class TestText:
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+    async def test_plain_text_stays_as_it_is(self, encoding: str) -> None:
+        text = "Zażółć gęślą jaźń,\n\n  \tпривет 👋\n人人生而自由\n"
+        assert await read(text.encode(encoding)) == FileText("", text, "text", None)
+
+    @pytest.mark.parametrize(
+        ("encoding", "text"),
+        [
+            ("cp1252", "déjà vu à la crème brûlée"),
+            ("cp1251", "Все люди рождаются свободными и равными в своем достоинстве и правах."),
+            ("gb18030", "人人生而自由,在尊严和权利上一律平等。"),
+            ("shift_jis", "すべての人間は、生まれながらにして自由である。"),
+        ],
+    )
+    async def test_older_encodings_are_guessed(self, encoding: str, text: str) -> None:
+        assert (await read(text.encode(encoding))).text == text
+
+    async def test_markdown_keeps_every_mark_and_gives_its_title(self) -> None:
+        text = '<p align="center"><img src="a.png"></p>\n\n# The *tool* #\n\n- [a](b)\n\n```sh\n<html>\n```\n'
+        assert await read(text.encode()) == FileText("The *tool*", text, "markdown", None)
+
+    async def test_a_text_about_pdf_is_no_pdf(self) -> None:
+        assert (await read(b"A file that begins with `%PDF-1.7` is a PDF.")).kind == "text"
+
+    async def test_nul_characters_and_halves_of_surrogate_pairs_do_not_get_through(self) -> None:
+        assert (await read("a\0b".encode("utf-16"))).text == "ab"
+        assert (
+            await read(
+                making.pdf(
+                    ["ok"], "bad \ud83d title".encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+                )
+            )
+        ).text == "ok"
+
+    async def test_twenty_million_characters_are_read_and_more_are_refused(self) -> None:
+        assert len((await read(b"a" * 20_000_000)).text) == 20_000_000
+        assert (await refusal(b"a" * 20_000_001)).startswith("TooLarge: the file has more than 20,000,000 characters")
+
+
+class TestUnknown:
+    async def test_an_empty_file_is_refused(self) -> None:
+        assert await refusal(b"") == "UnreadableFile: the file is empty: it has 0 bytes"
+
+    async def test_blank_text_is_refused(self) -> None:
+        assert "no text in it" in await refusal(b" \n\t\n")
+
+    async def test_binary_rubbish_is_refused_with_what_can_be_read(self) -> None:
+        said = await refusal(bytes(range(256)) * 40)
+        assert "of no known type" in said
+        assert "PDF, DOCX, HTML, Markdown or plain text" in said
+
+    @pytest.mark.parametrize(
+        ("content", "name"),
+        [
+            (making.archive({"[Content_Types].xml": "spreadsheetml.sheet.main+xml"}), "XLSX"),
+            (making.archive({"[Content_Types].xml": "presentationml.presentation.main+xml"}), "PPTX"),
+            (making.archive({"mimetype": "application/epub+zip"}), "EPUB"),
+            (making.archive({"a.txt": "hello"}), "a ZIP archive"),
+            (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "DOC, XLS or PPT"),
+            (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + "EncryptedPackage".encode("utf-16-le"), "locked with a password"),
+            (b"\x89PNG\r\n\x1a\n" + bytes(100), "a PNG image"),
+            (rb"{\rtf1\ansi Hello}", "RTF"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    async def test_other_files_are_called_by_their_name(self, content: bytes, name: str) -> None:
+        assert name in await refusal(content)
+
+    async def test_a_hundred_megabytes_are_refused_before_a_process_is_started(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(anyio, "open_process", None)
+        said = await refusal(b"%PDF-1.7\n" + bytes(100 * MIB))
+        assert said == "TooLarge: the file has 104,857,609 bytes; at most 20,971,520 are read (SERVE_MAX_FILE)"
+
+
+class TestProcess:
+    """What the reading process may do, and what happens when it does something else."""
+
+    @pytest.fixture
+    def becomes(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Becomes":
+        return Becomes(monkeypatch, tmp_path)
+
+    async def test_a_file_that_takes_too_long_is_refused(self, becomes: "Becomes") -> None:
+        becomes("import time; time.sleep(60)")
+        assert await refusal(b"x", timeout_s=0.5) == "UnreadableFile: the file took longer than 0.5 s to read"
+
+    async def test_a_process_that_reads_nothing_and_says_nothing_ends(self, becomes: "Becomes") -> None:
+        becomes("import os, time; os.close(1); time.sleep(60)")
+        assert "took longer than 0.5 s" in await refusal(b"x" * MIB, timeout_s=0.5)
+
+    async def test_a_real_file_that_takes_too_long_is_refused(self) -> None:
+        assert "took longer than 0.5 s" in await refusal(b"<!doctype html>" + b"<p>x" * 2_000_000, timeout_s=0.5)
+
+    async def test_a_real_file_that_needs_too_much_memory_is_refused(self) -> None:
+        content = making.raw_docx("<w:p><w:r><w:t>x</w:t></w:r></w:p>" * 500_000)
+        assert (
+            await refusal(content, max_memory=150 * MIB)
+            == "UnreadableFile: the file needs more memory than 150 MiB to be read"
+        )
+
+    @pytest.mark.parametrize(
+        "script",
+        [
+            "import ctypes; ctypes.string_at(0)",
+            "import os; os.abort()",
+            "raise SystemExit(3)",
+            "import signal; signal.raise_signal(9)",
+        ],
+    )
+    async def test_a_crash_is_a_refusal(self, becomes: "Becomes", script: str) -> None:
+        becomes(script)
+        assert "made its reader crash" in await refusal(b"x" * MIB)
+
+    @pytest.mark.parametrize("said", ["hello", "", "[1]", "{}", '{"title": 1}', '{"refused": ["a"]}', "null"])
+    async def test_nonsense_is_a_refusal(self, becomes: "Becomes", said: str) -> None:
+        becomes(f"print({said!r})")
+        assert "talk nonsense" in await refusal(b"x")
+
+    async def test_endless_talk_is_a_refusal(self, becomes: "Becomes") -> None:
+        becomes("while True: print('x' * 100_000)")
+        assert "talk without end" in await refusal(b"x", max_text=1_000)
+
+    async def test_it_gets_no_variables_and_a_session_of_its_own(
+        self, becomes: "Becomes", monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SERVE_API_KEYS", "secret")
+        becomes("import os; tell(dict(os.environ), os.getsid(0) == os.getpid(), len(os.listdir('/proc/self/fd')))")
+        variables, own_session, descriptors = json.loads((await read(b"x")).text)
+        assert "secret" not in str(variables)
+        assert own_session
+        assert descriptors <= 4
+
+    async def test_it_can_neither_write_nor_start_nor_open_much(self, becomes: "Becomes", tmp_path: Path) -> None:
+        becomes(f"""
+            import os, resource, runpy
+            runpy.run_path({str(files.READER)!r})["restrict"](2**30, 60.0)
+            def tried(act):
+                try:
+                    act()
+                except OSError as error:
+                    return error.strerror
+            def write():
+                with open({str(tmp_path / "written")!r}, "w") as file:
+                    file.write("x")
+            opened = []
+            tell(tried(write), tried(lambda: [opened.append(open("/dev/null")) for _ in range(100)]),
+                 resource.getrlimit(resource.RLIMIT_NPROC), resource.getrlimit(resource.RLIMIT_CORE))
+        """)
+        assert json.loads((await read(b"x")).text) == ["File too large", "Too many open files", [0, 0], [0, 0]]
+
+    async def test_the_event_loop_goes_on_while_a_hostile_file_is_read(self) -> None:
+        gaps, done = [], False
+
+        async def tick() -> None:
+            while not done:
+                before = time.perf_counter()
+                await asyncio.sleep(0.005)
+                gaps.append(time.perf_counter() - before)
+
+        ticking = asyncio.create_task(tick())
+        for content in (making.pdf_bomb(), making.nested_html(), making.many_pages_pdf()):
+            try:
+                await read(content)
+            except InputError:
+                continue
+        done = True
+        await ticking
+        assert len(gaps) > 20
+        assert max(gaps) < 1
+
+    async def test_as_many_as_allowed_are_read_at_once(self, becomes: "Becomes", tmp_path: Path) -> None:
+        becomes(f"""
+            import os, time
+            from pathlib import Path
+            mine = Path({str(tmp_path)!r}, f"{{os.getpid()}}.running")
+            mine.touch()
+            time.sleep(0.2)
+            running = len(list(mine.parent.glob("*.running")))
+            time.sleep(0.1)
+            mine.unlink()
+            tell(running)
+        """)
+        reader = FileReader(max_at_once=2)
+        found = await asyncio.gather(*(reader.read(b"x") for _ in range(6)))
+        assert max(json.loads(each.text)[0] for each in found) == 2
+
+    @pytest.mark.parametrize("cancelled_by", ["task", "scope"])
+    async def test_cancelling_kills_the_process_and_leaks_nothing(
+        self, becomes: "Becomes", tmp_path: Path, cancelled_by: str
+    ) -> None:
+        started = tmp_path / "started"
+        becomes(f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+        reader = FileReader(max_at_once=1)
+        descriptors = []
+        for _ in range(3):
+            started.unlink(missing_ok=True)
+            if cancelled_by == "task":
+                task = asyncio.create_task(reader.read(b"x" * MIB))
+                pid = await written(started)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(reader.read, b"x" * MIB)
+                    pid = await written(started)
+                    group.cancel_scope.cancel()
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+            descriptors.append(len(os.listdir("/proc/self/fd")))
+        assert reader.turns.borrowed_tokens == 0
+        assert descriptors[-1] <= descriptors[0]
+
+    async def test_reading_leaks_no_descriptor_and_no_process(self) -> None:
+        await read(b"warm up")
+        before, children = len(os.listdir("/proc/self/fd")), psutil.Process().children()
+        for content in (b"text", b"\0", making.pdf_bomb()):
+            try:
+                await read(content)
+            except (UnreadableFile, TooLarge):
+                continue
+        assert len(os.listdir("/proc/self/fd")) <= before
+        assert psutil.Process().children() == children
+
+
+class Becomes:
+    """Puts a script in the reader's place. In it, `tell(*values)` answers with a text: their JSON."""
+
+    HEAD = """
+import json, sys
+def tell(*values):
+    sys.stdin.buffer.read()
+    print(json.dumps({"title": "", "text": json.dumps(values), "kind": "text", "pages": None}))
+"""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.monkeypatch = monkeypatch
+        self.script = folder / "reader.py"
+
+    def __call__(self, script: str) -> None:
+        self.script.write_text(self.HEAD + textwrap.dedent(script))
+        self.monkeypatch.setattr(files, "READER", self.script)
+
+
+async def written(file: Path) -> int:
+    """Wait for a process to write its number; return it."""
+    for _ in range(1_000):
+        with suppress(FileNotFoundError, ValueError):
+            return int(await anyio.Path(file).read_text())
+        await asyncio.sleep(0.01)
+    raise AssertionError("the process did not start")

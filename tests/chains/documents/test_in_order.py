@@ -1,0 +1,122 @@
+"""Jobs at once, pieces in order."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from functools import partial
+
+import pytest
+
+from chains.documents.in_order import Job, in_order
+
+
+class Yard:
+    """Jobs that say when they run, and go on when they are told to."""
+
+    def __init__(self) -> None:
+        self.started: list[int] = []
+        self.running: set[int] = set()
+        self.gates: dict[int, asyncio.Event] = {}
+
+    async def job(self, index: int, its_turn: asyncio.Event) -> AsyncGenerator[str]:
+        self.started.append(index)
+        self.running.add(index)
+        try:
+            yield f"{index}a "
+            if index in self.gates:
+                await self.gates[index].wait()
+            await asyncio.sleep(0)
+            yield f"{index}b "
+        finally:
+            self.running.discard(index)
+
+    def jobs(self, num: int) -> Iterator[Job[str]]:
+        return (partial(self.job, index) for index in range(num))
+
+
+async def test_pieces_come_in_the_order_of_their_jobs() -> None:
+    pieces = [piece async for piece in in_order(Yard().jobs(20), ahead=4)]
+    assert "".join(pieces) == "".join(f"{index}a {index}b " for index in range(20))
+
+
+async def test_no_jobs_give_no_pieces() -> None:
+    assert [piece async for piece in in_order(iter(()), ahead=4)] == []
+
+
+async def test_a_piece_of_the_first_goes_out_before_its_job_is_done() -> None:
+    yard = Yard()
+    yard.gates[0] = asyncio.Event()
+    async with aclosing(in_order(yard.jobs(3), ahead=2)) as pieces:
+        assert await anext(pieces) == "0a "
+        assert 0 in yard.running
+
+
+async def test_no_more_run_ahead_than_may_even_if_they_are_done() -> None:
+    yard = Yard()
+    yard.gates[0] = asyncio.Event()
+    async with aclosing(in_order(yard.jobs(20), ahead=5)) as pieces:
+        await anext(pieces)
+        for _ in range(50):
+            await asyncio.sleep(0.002)
+        assert yard.started == [0, 1, 2, 3, 4], "four wait for the first, and no other has begun"
+        yard.gates[0].set()
+        assert len([piece async for piece in pieces]) == 39
+
+
+async def test_each_is_told_when_it_is_its_turn() -> None:
+    told: dict[int, list[bool]] = {}
+
+    async def job(index: int, its_turn: asyncio.Event) -> AsyncGenerator[int]:
+        told[index] = [its_turn.is_set()]
+        await its_turn.wait()
+        yield index
+
+    assert [piece async for piece in in_order((partial(job, index) for index in range(3)), ahead=3)] == [0, 1, 2]
+    assert told == {0: [True], 1: [False], 2: [False]}
+
+
+async def test_when_one_fails_the_others_end() -> None:
+    yard = Yard()
+    yard.gates = {index: asyncio.Event() for index in range(2, 8)}
+
+    async def failing(its_turn: asyncio.Event) -> AsyncGenerator[str]:
+        yield "so far"
+        raise LookupError("no more")
+
+    def jobs() -> Iterator[Job[str]]:
+        yield failing
+        yield from yard.jobs(8)
+
+    seen = []
+    with pytest.raises(LookupError, match="no more"):
+        async for piece in in_order(jobs(), ahead=6):
+            seen.append(piece)
+    assert seen == ["so far"]
+    assert yard.running == set()
+
+
+async def test_closing_it_ends_all() -> None:
+    yard = Yard()
+    yard.gates = {index: asyncio.Event() for index in range(8)}
+    async with aclosing(in_order(yard.jobs(8), ahead=6)) as pieces:
+        await anext(pieces)
+        assert len(yard.running) == 6
+    assert yard.running == set()
+
+
+async def test_cancelling_who_reads_it_ends_all() -> None:
+    yard = Yard()
+    yard.gates = {index: asyncio.Event() for index in range(8)}
+
+    async def read() -> None:
+        async with aclosing(in_order(yard.jobs(8), ahead=6)) as pieces:
+            async for _ in pieces:
+                pass
+
+    reader = asyncio.create_task(read())
+    while len(yard.running) < 6:
+        await asyncio.sleep(0.001)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert yard.running == set()
