@@ -82,10 +82,8 @@ class SummarizeInput(BaseModel):
         Field(description="Or a file: PDF, DOCX, HTML, Markdown or plain text, in base64.", json_schema_extra=_upload),
     ] = None
     documents: Annotated[
-        list[Document] | SkipJsonSchema[None],
-        Field(
-            description="Or several texts with titles.", min_length=1, max_length=1000, json_schema_extra=without_null
-        ),
+        Annotated[list[Document], Field(min_length=1, max_length=1000)] | SkipJsonSchema[None],
+        Field(description="Or several texts with titles.", json_schema_extra=without_null),
     ] = None
     style: Annotated[Style, BeforeValidator(_underscored), Field(description="The form of the summary.")] = "paragraph"
     max_words: Annotated[

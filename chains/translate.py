@@ -71,16 +71,22 @@ class Delivery(BaseModel):
     ] = []
 
 
-class TranslateInput(Delivery):
-    """A text to translate."""
+class Source(BaseModel):
+    """What a translation is made of."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
+    model_config = ConfigDict(extra="forbid")
 
     text: Annotated[Text, Field(description="What to translate: plain or Markdown, of any length.")]
     source_language: Annotated[
         LanguageName | SkipJsonSchema[None],
         Field(description="The language of the text; found out if not given.", json_schema_extra=without_null),
     ] = None
+
+
+class TranslateInput(Delivery, Source):
+    """A text to translate."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
 
 class TranslatedDocument(BaseModel):

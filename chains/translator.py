@@ -96,13 +96,12 @@ class Wish:
     def messages(self, words: str, before: str = "", after: str = "") -> list[BaseMessage]:
         """What the model is shown."""
         terms = self.terms_in(words)
-        is_part = before or after
         return PROMPT.format_messages(
             source=f" from {self.source.name}" if self.source else "",
             target=self.target.name,
             formality=f" Use {self.formality} language." if self.formality else "",
             glossary="".join(f"\nTranslate “{term}” as “{terms[term]}”." for term in terms),
-            context=CONTEXT.format(before=before, after=after) if is_part else "",
+            context=CONTEXT.format(before=before, after=after) if before or after else "",
             words=words,
         )
 
@@ -252,6 +251,8 @@ class Translator:
         if finish_reasons:
             second.finish_reason = "length" if "length" in finish_reasons else finish_reasons[-1]
         second.mended = "".join(mended)
+        if not second.problems and self._is_untranslated(segment.words, second.mended):
+            second.problems.append(UNTRANSLATED)
         second.problems += faults(segment.words, second.text, is_line=segment.is_line)
         return second
 
@@ -272,7 +273,7 @@ class Translator:
         if attempt.finish_reason == "length" and "max_tokens" not in self._options:
             return [TRUNCATED]
         if self._is_untranslated(words, text):
-            return ["it came back untranslated"]
+            return [UNTRANSLATED]
         return faults(words, text, is_line=is_line)
 
     def _is_untranslated(self, words: str, text: str) -> bool:
@@ -304,6 +305,7 @@ class Translator:
         )
 
 
+UNTRANSLATED = "it came back untranslated"
 TRUNCATED = "the answer was cut off at its greatest length"
 MANY_WORDS = 4
 LONG = 24

@@ -68,12 +68,10 @@ def blocks(text: str) -> Iterator[Block]:
             held, size = [], 0
             opened = opened if opened and opened.is_outermost else None
             is_fixed = opened is not None
+        is_closed = opened is not None and bool(opened.end.search(line))
         if opened is None and not is_inside_line:
             opened = _opened_by(line)
             is_fixed = opened is not None and opened.is_fence and opened.is_outermost and not held
-            is_closed = False
-        else:
-            is_closed = opened is not None and bool(opened.end.search(line))
         held.append(line)
         size += len(line)
         if is_closed:

@@ -70,7 +70,7 @@ _MARKDOWN = re.compile(
             | \|? [ ]? :? -{3,200} :? [ ]? \|          # a table
             | \[ [^\[\]\r\n]{1,200} \]: [ ] )          # a definition
         | \]\( [^\s()]{1,500} \)                       # a link
-        | (?<!`) ` [^`\r\n]{1,200} ` (?! [\w`] )      # code""",
+        | (?<!`) ` [^`\r\n]{1,200} ` (?! [\w`] )       # code""",
     re.VERBOSE,
 )
 _MARKED_LINE = re.compile(r"(?:\A|[\r\n])[ \t]*(?:[#>|<=*+\-_~`:\[]|\d{1,9}[.)])")
@@ -86,7 +86,7 @@ _TAG_AMONG_WORDS = re.compile(
     re.IGNORECASE,
 )
 _RAW_TAG = re.compile(r"<(script|style|pre|textarea)(?=[\s/>])", re.IGNORECASE)
-_DEFINITION = re.compile(r"(?<=\[)([^\[\]^][^\[\]]{0,200})\]:[ \t\r\n]")
+_DEFINITION = re.compile(r"(?:\A|[\r\n])[ \t>]{0,9}\[([^\[\]^][^\[\]]{0,200})\]:[ \t\r\n]")
 _GAP = re.compile(r"(?>\r\n|\r|\n)(?:[^\S\r\n]*(?>\r\n|\r|\n))+")
 _LINE_END = re.compile(r"\r\n?|\n")
 
@@ -99,7 +99,7 @@ def parts(text: str) -> Iterator[Part]:
     Indented blocks are code only in a text that looks like Markdown: plain books indent their paragraphs.
     """
     is_markdown = bool(_MARKDOWN.search(text, 0, _LOOK))
-    labels = frozenset(normal_label(found[1]) for found in _DEFINITION.finditer(text))
+    labels = frozenset(normal_label(found[1]) for found in _DEFINITION.finditer(text) if is_markdown)
     for block in blocks(text):
         if block.is_fixed:
             yield Part(block.text, is_fixed=True)

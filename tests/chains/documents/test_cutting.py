@@ -180,5 +180,10 @@ def test_a_character_that_fits_no_budget_is_named() -> None:
         cut("xx", budget=10, count=lambda text: 100 * len(text))
 
 
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(UnicodeEncodeError):
+        cut("a\ud800b " * 20, budget=10, count=len)
+
+
 def test_nothing_is_cut_into_nothing() -> None:
     assert cut("", budget=10, count=len) == []

@@ -372,6 +372,7 @@ def test_indented_blocks_of_markdown_are_code() -> None:
             ["A [page][page], `[page]`, [that][page], [no]."],
         ),
         ("> [!NOTE]\n> Look.\n", ["Look."]),
+        ("He [Bob]: yes.\n[Ann]: I see.\n\nHe saw [Ann].", ["He [Bob]: yes.\n[Ann]: I see.", "He saw [Ann]."]),
         ("![](a.png) `code` https://example.com {name}\n\n***\n\n12 %\n", []),
         ("a\r\n\r\nb\rc\r\r# d\r\n", ["a", "b\rc", "d"]),
         ("\ufeff# Title\n", ["\ufeff# Title"]),
