@@ -83,7 +83,7 @@ def _pieces(part: Part, *, budget: int, count: Count) -> Iterator[tuple[str, str
     for index, piece in enumerate(cut(part.words, budget=budget, count=count)):
         words = piece.strip()
         before, _, after = piece.partition(words)
-        if part.unwrapped is None:
+        if part.shown is None:
             yield before, words, words, after
         else:  # not even its line ends are as they stand in the text: the first piece stands for all of it
             yield "", words, "" if index else part.text, ""

@@ -1,7 +1,6 @@
 """The summary chain: a text, a file or several documents of any length in, a short text out."""
 
 import base64
-import binascii
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, Literal, Self
@@ -130,7 +129,7 @@ async def prepare(asked: BaseModel, reader: FileReader) -> BaseModel:
     encoded = asked.file.partition(",")[2] if asked.file.startswith("data:") else asked.file
     try:
         content = base64.b64decode(encoded, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise UnreadableFile("file", f"the file is not in base64: {error}") from error
     read = await reader.read(content)
     document = Document(title=read.title[:500], text=read.text)

@@ -17,8 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from chains.documents.cutting import cut
 from chains.documents.languages import Language, is_written_in
-from chains.documents.kept import faults
-from chains.documents.markup import Part, finer
+from chains.documents.markup import Part, faults, finer
 from chains.documents.measure import Measure
 from chains.segments import CONTEXT_TOKENS, Segment
 from chains.texts import instructions

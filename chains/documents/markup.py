@@ -46,11 +46,6 @@ class Part:
         """What the model is shown, and `faults` and `finer` are given; its translation takes the place of `text`."""
         return self.text if self.shown is None else self.shown
 
-    @property
-    def unwrapped(self) -> str | None:
-        """The same as `shown`."""
-        return self.shown
-
 
 @dataclass(frozen=True, slots=True)
 class _Span:
@@ -67,8 +62,7 @@ _MARKDOWN = re.compile(
     r"""(?: \A | [\r\n] ) [ ]{0,3} (?:
             (?: `{3} | ~{3} ) [^`\r\n]{0,100} [\r\n]   # a fence
             | \#{1,6} [ ] \S                           # a heading
-            | \|? [ ]? :? -{3,200} :? [ ]? \|          # a table
-            | \[ [^\[\]\r\n]{1,200} \]: [ ] )          # a definition
+            | \|? [ ]? :? -{3,200} :? [ ]? \| )        # a table
         | \]\( [^\s()]{1,500} \)                       # a link
         | (?<!`) ` [^`\r\n]{1,200} ` (?! [\w`] )       # code""",
     re.VERBOSE,
@@ -86,7 +80,12 @@ _TAG_AMONG_WORDS = re.compile(
     re.IGNORECASE,
 )
 _RAW_TAG = re.compile(r"<(script|style|pre|textarea)(?=[\s/>])", re.IGNORECASE)
-_DEFINITION = re.compile(r"(?:\A|[\r\n])[ \t>]{0,9}\[([^\[\]^][^\[\]]{0,200})\]:[ \t\r\n]")
+_DEFINITION = re.compile(
+    r"""(?: \A | [\r\n] ) [ \t>]{0,9} \[ ( [^\[\]^] [^\[\]]{0,200} ) \]:
+        [ \t]{0,99}+ (?: \r\n | \r | \n )?+ [ \t]{0,99}+
+        (?: < [^<>\r\n]{0,2000} > | [^\s<] \S{0,2000} ) [ \t]{0,99}+ (?= [\r\n"'(] | \Z )""",
+    re.VERBOSE,
+)
 _GAP = re.compile(r"(?>\r\n|\r|\n)(?:[^\S\r\n]*(?>\r\n|\r|\n))+")
 _LINE_END = re.compile(r"\r\n?|\n")
 
@@ -98,7 +97,7 @@ def parts(text: str) -> Iterator[Part]:
     targets, comments, HTML tags, markers of lists, quotes and tables, and whatever has no letter outside of these.
     Indented blocks are code only in a text that looks like Markdown: plain books indent their paragraphs.
     """
-    is_markdown = bool(_MARKDOWN.search(text, 0, _LOOK))
+    is_markdown = bool(_MARKDOWN.search(text, 0, _LOOK) or _DEFINITION.search(text, 0, _LOOK))
     labels = frozenset(normal_label(found[1]) for found in _DEFINITION.finditer(text) if is_markdown)
     for block in blocks(text):
         if block.is_fixed:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import BaseMessage, SystemMessage
 
-from chains import chat, summarize, translate
+from chains import build_chains
+from chains.chain import fields_of
 from tests.bench.prose import prose, question
 
 MAX_TOKENS = 64
@@ -29,7 +31,16 @@ _LANGUAGES = ("French", "German", "Italian", "Portuguese", "Spanish")
 Kind = Literal["chat", "translate", "summarize"]
 _BLOCK: tuple[Kind, ...] = ("chat", "chat", "translate", "summarize")
 
-_PROMPTS = {"chat": chat.prompt, "translate": translate.prompt, "summarize": summarize.prompt}
+_CHAINS = {
+    chain.name: chain
+    for chain in build_chains(FakeListChatModel(responses=[], custom_get_token_ids=lambda text: [0] * (len(text) // 5)))
+}
+
+
+def messages_for(kind: str, value: dict[str, Any]) -> list[BaseMessage]:
+    """What our chain of that name shows its model first: for texts as short as these, all that it shows it."""
+    chain = _CHAINS[kind]
+    return chain.messages(fields_of(chain.input_type.model_validate(value)), {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,7 @@ class Ask:
     @property
     def messages(self) -> list[BaseMessage]:
         """What our chain shows its model for it."""
-        return _PROMPTS[self.kind].invoke(self.input).to_messages()
+        return messages_for(self.kind, self.input)
 
     @property
     def openai_messages(self) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ default, which makes each prompt longer than the last until the context is full)
 
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ import uvicorn
 from fastapi import FastAPI
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import LLM
+from langchain_core.runnables import RunnableLambda
 from langserve import add_routes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chains import chat, summarize, translate
+from tests.bench.mix import messages_for
 
 
 class LLaMA3_LLM(LLM):
@@ -57,7 +59,8 @@ def main(directory: str, max_tokens: int) -> None:
     """Serve until told to stop."""
     llm = LLaMA3_LLM(directory, max_tokens)
     app = FastAPI()
-    for name, prompt in {"chat": chat.prompt, "translate": translate.prompt, "summarize": summarize.prompt}.items():
+    for name in ("chat", "translate", "summarize"):
+        prompt = RunnableLambda(partial(messages_for, name), name=f"{name}_prompt")
         # Typed, since two bare sequences of one name make LangServe answer 500.
         add_routes(app, (prompt | llm).with_types(input_type=dict, output_type=str), path=f"/{name}")
     app.add_api_route("/ready", lambda: "ready")

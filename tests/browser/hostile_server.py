@@ -5,7 +5,7 @@ from typing import Annotated
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from pydantic import BaseModel, ConfigDict, Field
 
 import serve
@@ -43,7 +43,7 @@ def build_chains(model: BaseChatModel) -> list[Chain]:
         example={"text": HOSTILE},
     )
     conversation = Chain.of(
-        chat.prompt,
+        ChatPromptTemplate([MessagesPlaceholder("messages")]),
         model,
         input_type=Messages,
         output_type=chat.ChatOutput,

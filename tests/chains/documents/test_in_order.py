@@ -40,7 +40,8 @@ async def test_pieces_come_in_the_order_of_their_jobs() -> None:
 
 
 async def test_no_jobs_give_no_pieces() -> None:
-    assert [piece async for piece in in_order(iter(()), ahead=4)] == []
+    jobs: Iterator[Job[str]] = iter(())
+    assert [piece async for piece in in_order(jobs, ahead=4)] == []
 
 
 async def test_a_piece_of_the_first_goes_out_before_its_job_is_done() -> None:
@@ -87,11 +88,10 @@ async def test_when_one_fails_the_others_end() -> None:
         yield failing
         yield from yard.jobs(8)
 
-    seen = []
+    pieces = in_order(jobs(), ahead=6)
+    assert await anext(pieces) == "so far"
     with pytest.raises(LookupError, match="no more"):
-        async for piece in in_order(jobs(), ahead=6):
-            seen.append(piece)
-    assert seen == ["so far"]
+        await anext(pieces)
     assert yard.running == set()
 
 
@@ -114,8 +114,9 @@ async def test_cancelling_who_reads_it_ends_all() -> None:
                 pass
 
     reader = asyncio.create_task(read())
-    while len(yard.running) < 6:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(5):
+        while len(yard.running) < 6:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader

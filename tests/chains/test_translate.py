@@ -1,0 +1,356 @@
+"""Translations of texts of any length: nothing is lost, nothing changes that must stay, and what went wrong is told."""
+
+import asyncio
+import re
+from collections import Counter
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from chains import translate
+from chains.segments import CONTEXT_TOKENS, segments
+from chains.translate import AHEAD
+from chains.translator import SEGMENT_TOKENS
+from tests.chains.marking import Answer, MarkingModel
+
+TEXTS = Path(__file__).parent.parent / "texts"
+BOOK = (TEXTS / "pride-and-prejudice.txt").read_text()
+MANUAL = (TEXTS / "manual.md").read_text()
+
+
+def german(text: str) -> str:
+    """A translation that is as long as its source, and surely German."""
+    filling = "Das ist ein ganz gewöhnlicher deutscher Satz, der hier nur zur Übung steht. "
+    return (filling * (len(text) // len(filling) + 1))[: max(len(text), 3)].strip()
+
+
+def counted(text: str) -> int:
+    return -(-len(text) // 4)
+
+
+async def document(model: MarkingModel, text: str, **asked: Any) -> dict[str, Any]:
+    asked = {"text": text, "target_language": "German", "source_language": "English", **asked}
+    result: dict[str, Any] = await translate.build_document(model).runnable.ainvoke(asked)
+    assert "".join(segment["source"] for segment in result["segments"]) == text
+    assert "".join(segment["target"] for segment in result["segments"]) == result["text"]
+    return result
+
+
+def statuses(result: dict[str, Any]) -> list[str]:
+    return [segment["status"] for segment in result["segments"]]
+
+
+# Cutting
+
+
+TEXT = st.lists(
+    st.sampled_from(
+        ["word ", "Ein Satz. ", "\n\n", "\n", "# ", "- ", "> ", "`x`", "| a | b |\n|---|---|\n", "```\n", "語"]
+    )
+    | st.text(max_size=8)
+).map("".join)
+
+
+@settings(max_examples=600, deadline=None)
+@given(TEXT, st.sampled_from([16, 40, 300]))
+def test_segments_are_the_text_and_fit(text: str, budget: int) -> None:
+    cut = list(segments(text, budget=budget, count=counted))
+    assert "".join(segment.source for segment in cut) == text
+    assert [segment.end for segment in cut][-1:] == [len(text)] * bool(text)
+    assert [segment.index for segment in cut] == list(range(len(cut)))
+    for segment in cut:
+        assert segment.source or segment.words
+        assert counted(segment.words) <= budget
+        assert segment.words == segment.words.strip()
+        assert max(counted(segment.before), counted(segment.after)) <= CONTEXT_TOKENS
+    assert all(segment.words for segment in cut[:-1])
+
+
+def test_what_stands_around_a_segment_is_its_context() -> None:
+    first, second, third = segments("One two.\n\nThree four.\n\nFive six.", budget=16, count=counted)
+    assert (first.before, first.after) == ("", "Three four.")
+    assert (second.before, second.after) == ("One two.", "Five six.")
+    assert (third.before, third.after) == ("Three four.", "")
+
+
+# Order, bounds, streaming
+
+
+def pages(num: int) -> str:
+    """So many pages of 500 words, no paragraph twice."""
+    words = BOOK.replace("_", "").split()
+    starts = ((index * 165) % 15_000 for index in range(num * 3))
+    return "\n\n".join(f"Paragraph {index}: {' '.join(words[at : at + 165])}" for index, at in enumerate(starts))
+
+
+async def test_two_hundred_pages_come_out_in_order_and_each_segment_is_asked_for_once() -> None:
+    text = pages(200)
+    marks = iter(range(1_000_000))
+    model = MarkingModel(answer=lambda words: f"[{next(marks)}] {german(words)}")
+
+    result = await document(model, text)
+
+    assert Counter(statuses(result)) == {"translated": len(result["segments"])}
+    assert len(model.shown) == len(result["segments"]) >= 600
+    assert sorted(segment["source"].strip() for segment in result["segments"]) == sorted(model.shown)
+    shown = [segment["source"].strip() for segment in result["segments"]]
+    assert [int(mark) for mark in re.findall(r"\[(\d+)\]", result["text"])] == [
+        model.shown.index(each) for each in shown
+    ]
+    assert 1 < model.most_at_once <= AHEAD
+
+
+async def test_the_first_words_come_before_the_rest_is_looked_at() -> None:
+    model = MarkingModel(answer=german, delay_s=0.001)
+    asked = {"text": pages(200), "target_language": "German", "source_language": "English"}
+    async with aclosing(translate.build(model).runnable.astream(asked)) as pieces:  # type: ignore[type-var]
+        first = await anext(pieces)
+        assert first.strip() == "Das"
+        assert len(model.calls) <= AHEAD
+        assert model.num_running > 1
+    for _ in range(100):
+        await asyncio.sleep(0.001)
+    assert model.num_running == 0, "who leaves ends all that runs"
+
+
+async def test_no_more_is_translated_ahead_than_may() -> None:
+    model = MarkingModel(answer=german)
+    asked = {"text": pages(20), "target_language": "German", "source_language": "English"}
+    async with aclosing(translate.build(model).runnable.astream(asked)) as pieces:  # type: ignore[type-var]
+        await anext(pieces)
+        for _ in range(100):
+            await asyncio.sleep(0.001)
+        assert len(model.calls) == AHEAD
+
+
+@pytest.mark.parametrize("text", ["A single sentence of some length, as people write them.", BOOK[:8000], MANUAL])
+async def test_streamed_and_whole_are_the_same(text: str) -> None:
+    model = MarkingModel(answer=german)
+    chain = translate.build(model).runnable
+    asked = {"text": text, "target_language": "German", "source_language": "English"}
+    whole = await chain.ainvoke(asked)
+    assert "".join([piece async for piece in chain.astream(asked)]) == whole
+    assert chain.invoke(asked) == whole
+    assert "".join(chain.stream(asked)) == whole
+    assert await chain.abatch([asked, asked]) == [whole, whole]
+
+
+async def test_plain_words_flow_and_those_with_code_in_them_come_at_once() -> None:
+    model = MarkingModel(answer=german)
+    chain = translate.build(model).runnable
+
+    async def chunks(text: str) -> list[str]:
+        asked = {"text": text, "target_language": "German", "source_language": "English"}
+        return [piece async for piece in chain.astream(asked)]
+
+    assert len(await chunks("A plain sentence with a number of words in it.")) > 5
+    model.answer = lambda text: "Starte `make serve` und öffne die Seite."
+    assert await chunks("Run `make serve` and open the page.") == ["Starte `make serve` und öffne die Seite."]
+
+
+async def test_each_segment_is_told_as_an_event_in_order() -> None:
+    chain = translate.build(MarkingModel(answer=german)).runnable
+    asked = {"text": BOOK[:6000], "target_language": "German", "source_language": "English"}
+    told: list[Any] = []
+    text = ""
+    async for event in chain.astream_events(asked, version="v2"):
+        if event["event"] == "on_custom_event" and event["name"] == "segment":
+            told.append(event["data"])
+        if event["event"] == "on_chain_stream" and not event["parent_ids"]:
+            text += event["data"]["chunk"]
+            assert text.startswith("".join(segment["target"] for segment in told))
+    assert "".join(segment["source"] for segment in told) == asked["text"]
+    assert "".join(segment["target"] for segment in told) == text
+    assert [segment["done"] for segment in told] == sorted({segment["done"] for segment in told})
+    assert told[-1]["done"] == told[-1]["total"] == len(asked["text"])
+
+
+# What must stay
+
+
+def kinds(text: str) -> list[str]:
+    """The structure of a Markdown text: its tokens, and what in them must stay."""
+    found = []
+    for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text):
+        tags = "".join(re.findall("<[^>]*>", token.content)) if token.type == "html_block" else ""
+        found.append(token.type + tags + (token.content if token.type in ("fence", "code_block") else ""))
+        inline = [child for child in token.children or [] if child.type not in ("text", "softbreak", "text_special")]
+        found += sorted(
+            f"{child.type} {child.content if child.type in ('code_inline', 'html_inline') else ''} {child.attrs or ''}"
+            for child in inline
+            if child.type != "image"
+        )
+    return found
+
+
+KEPT = [
+    re.compile(r"`[^`\n]+`"),
+    re.compile(r"\{\{? ?\w+ ?\}?\}|\$\{\w+\}|%\(\w+\)[sd]|%[sd]\b"),
+    re.compile(r"https?://[\w./?=&-]*\w"),
+    re.compile(r"</?\w+[^>]*>"),
+]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [german, lambda text: text.swapcase(), lambda text: "# Neu\n\n- eins\n- zwei `neu` {neu} https://neu.example"],
+    ids=["loses all", "changes all", "adds things"],
+)
+async def test_a_manual_keeps_its_code_its_placeholders_and_its_structure(answer: Answer) -> None:
+    result = await document(MarkingModel(answer=answer), MANUAL)
+    assert kinds(result["text"]) == kinds(MANUAL)
+    for kept in KEPT:
+        assert Counter(kept.findall(result["text"])) == Counter(kept.findall(MANUAL))
+
+
+async def test_what_a_model_loses_is_mended_piece_by_piece() -> None:
+    def answer(text: str) -> str:
+        return {"Press": "Drücke", "and wait for": "und warte auf"}.get(text, "Drücke und warte.")
+
+    result = await document(MarkingModel(answer=answer), "Press `Q` and wait for {name}.")
+    (segment,) = result["segments"]
+    assert result["text"] == "Drücke `Q` und warte auf {name}."
+    assert (segment["status"], segment["problems"]) == ("mended", [])
+
+
+async def test_what_a_model_keeps_is_not_asked_for_again() -> None:
+    model = MarkingModel(answer=lambda text: "Warte auf {name} und drücke `Q`.")
+    result = await document(model, "Press `Q` and wait for {name}.")
+    assert statuses(result) == ["translated"]
+    assert len(model.calls) == 1
+
+
+# What goes wrong
+
+
+LONG = ("The first sentence is here for you. The second sentence is here for me. " * 2).strip()
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (lambda text: " \n", "the answer was empty"),
+        (lambda text: text, "it came back untranslated"),
+        (
+            lambda text: "Here are some words which you did not ask for, and they are quite surely English, my friend.",
+            "it came back untranslated",
+        ),
+        (lambda text: "Immer weiter so. " * 1000, "the answer was cut off at its greatest length"),
+    ],
+    ids=["empty", "equal", "in the language of the source", "endless"],
+)
+async def test_a_bad_answer_is_asked_for_again_in_smaller_pieces_and_told(answer: Answer, problem: str) -> None:
+    model = MarkingModel(answer=answer)
+    result = await document(model, LONG)
+    (segment,) = result["segments"]
+    assert segment["status"] == "faulty"
+    assert problem in segment["problems"]
+    first, *again = model.shown
+    assert first == LONG
+    assert len(again) >= 2
+    assert " ".join(again) == first
+    assert segment["target"].strip(), "never dropped"
+    if problem != "the answer was cut off at its greatest length":
+        assert result["text"] == LONG, "what cannot be had stays as it was"
+    else:
+        assert segment["finish_reason"] == "length"
+
+
+async def test_what_is_right_at_the_second_try_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MarkingModel(answer=lambda text: "" if len(text) > 100 else german(text))
+    result = await document(model, LONG)
+    assert statuses(result) == ["mended"]
+    assert result["segments"][0]["problems"] == []
+    assert "deutscher" in result["text"]
+
+
+async def test_what_has_gone_out_is_told_and_not_said_twice() -> None:
+    model = MarkingModel(answer=lambda text: "Immer weiter so. " * 1000)
+    chain = translate.build_document(model).runnable
+    asked = {"text": "A short sentence.", "target_language": "German", "source_language": "English"}
+    pieces = [piece async for piece in chain.astream(asked)]
+    (segment,) = pieces[-1]["segments"]
+    assert segment["status"] == "faulty"
+    assert segment["problems"] == ["the answer was cut off at its greatest length"]
+    assert len(model.calls) == 1
+    assert "".join(piece.get("text", "") for piece in pieces) == segment["target"]
+
+
+async def test_a_length_that_was_asked_for_is_no_fault() -> None:
+    model = MarkingModel(answer=german)
+    chain = translate.build_document(model).runnable
+    asked = {"text": "A sentence of some length.", "target_language": "German", "source_language": "English"}
+    result = await chain.ainvoke(asked, {"configurable": {"max_tokens": 2}})
+    assert result["text"] == "Das ist"
+    assert (result["segments"][0]["status"], result["segments"][0]["finish_reason"]) == ("translated", "length")
+    assert len(model.calls) == 1
+
+
+async def test_a_name_may_stay_what_it_is() -> None:
+    result = await document(MarkingModel(answer=lambda text: text), "Ada Lovelace")
+    assert statuses(result) == ["translated"]
+
+
+async def test_the_usage_is_that_of_all_tries() -> None:
+    model = MarkingModel(answer=lambda text: "" if len(text) > 100 else german(text))
+    (segment,) = (await document(model, LONG))["segments"]
+    assert segment["usage"]["input_tokens"] == sum(counted(message.text) for call in model.calls for message in call)
+
+
+async def test_terms_are_asked_for_where_they_stand_and_told_where_they_are_missing() -> None:
+    model = MarkingModel(answer=lambda text: "Der Motor ist heiß." if "engine" in text else "Die Räder drehen sich.")
+    text = "The engine is hot.\n\nThe wheels are turning."
+    result = await document(model, text, glossary={"engine": "Motor", "wheels": "Reifen", "brake": "Bremse"})
+    engine, wheels = result["segments"]
+    assert engine["problems"] == []
+    assert wheels["problems"] == ["“wheels” is not “Reifen”"]
+    assert "“engine” as “Motor”" in model.calls[0][0].text
+    assert "Reifen" not in model.calls[0][0].text
+
+
+# Languages and limits
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"target_language": "French", "source_language": "fr"},
+        {"target_language": "fr"},
+        {"target_language": "French", "source_language": "fr-CA"},
+    ],
+)
+async def test_a_text_that_is_in_the_language_already_comes_back_as_it_is(asked: dict[str, str]) -> None:
+    text = " Bonjour à tous, nous sommes très heureux de vous voir ici ce matin.\n"
+    model = MarkingModel(answer=german)
+    assert await translate.build(model).runnable.ainvoke({"text": text, **asked}) == text
+    result = await translate.build_document(model).runnable.ainvoke({"text": text, **asked})
+    assert [(segment["source"], segment["target"], segment["status"]) for segment in result["segments"]] == [
+        (text, text, "kept")
+    ]
+    assert model.calls == []
+
+
+async def test_a_text_without_words_comes_back_without_being_asked_for() -> None:
+    model = MarkingModel(answer=german)
+    result = await document(model, "1 + 1 = 2\n\n---\n\n```\ncode\n```\n")
+    assert result["text"] == "1 + 1 = 2\n\n---\n\n```\ncode\n```\n"
+    assert model.calls == []
+
+
+async def test_a_model_with_little_room_gets_small_segments() -> None:
+    model = MarkingModel(answer=german, context=700)
+    result = await document(model, pages(1))
+    assert max(map(counted, model.shown)) < SEGMENT_TOKENS / 2
+    assert len(result["segments"]) > 10
+
+
+async def test_a_glossary_that_fills_the_context_is_refused() -> None:
+    model = MarkingModel(answer=german, context=700)
+    terms = {f"term number {index} of these": "x" * 60 for index in range(100)}
+    with pytest.raises(ValueError, match="context of 700 tokens has no room for this glossary"):
+        await document(model, "Hello there, my friend.", glossary=terms)
