@@ -81,7 +81,8 @@ class SummarizeInput(BaseModel):
         Field(description="Or a file: PDF, DOCX, HTML, Markdown or plain text, in base64.", json_schema_extra=_upload),
     ] = None
     documents: Annotated[
-        Annotated[list[Document], Field(min_length=1, max_length=1000)] | SkipJsonSchema[None],
+        # LangServe's form shows as many as there must be, and waits for them to be filled in: so there need be none.
+        Annotated[list[Document], Field(max_length=1000)] | SkipJsonSchema[None],
         Field(description="Or several texts with titles.", json_schema_extra=without_null),
     ] = None
     style: Annotated[Style, BeforeValidator(_underscored), Field(description="The form of the summary.")] = "paragraph"
@@ -100,7 +101,7 @@ class SummarizeInput(BaseModel):
 
     @model_validator(mode="after")
     def _check_sources(self) -> Self:
-        given = [name for name in SOURCES if getattr(self, name) is not None]
+        given = [name for name in SOURCES if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"exactly one of {', '.join(SOURCES)}; got {' and '.join(given) or 'none'}")
         return self
@@ -124,7 +125,7 @@ class SummarizeInput(BaseModel):
 async def prepare(asked: BaseModel, reader: FileReader) -> BaseModel:
     """Read the file of an input, if it has one, and put its text in its place. Raises InputError."""
     assert isinstance(asked, SummarizeInput)
-    if asked.file is None:
+    if not asked.file:
         return asked
     encoded = asked.file.partition(",")[2] if asked.file.startswith("data:") else asked.file
     try:

@@ -24,7 +24,7 @@ location /llama/ {
     proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
     proxy_set_header X-Forwarded-Proto $scheme;
     proxy_read_timeout 600s;
-    client_max_body_size 4m;
+    client_max_body_size 32m;
 }
 """
 """What nginx needs to be told for a service with SERVE_ROOT_PATH=/llama."""

@@ -2,9 +2,12 @@
 
 fail         the answer breaks off with an error after a few words
 slow         a long answer, 50 ms a word
+cipher       the same again in ROT13, 5 ms a word, which no chain takes for the same again
 else         says the same again
 """
 
+import codecs
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +17,9 @@ from serve import run
 from service.settings import read_settings
 
 SLOW_WORDS = 200
+
+SLOW = "a slow text, " * 20
+"""A text whose translation takes seconds: it may only be so much longer than the text."""
 
 
 def script(message: str) -> Iterator[str]:
@@ -25,6 +31,10 @@ def script(message: str) -> Iterator[str]:
         for index in range(SLOW_WORDS):
             time.sleep(0.05)
             yield f"word{index} "
+    elif "cipher" in message:
+        for word in re.findall(r"\s*\S+\s*", message):
+            time.sleep(0.005)
+            yield codecs.encode(word, "rot13")
     else:
         yield message
 

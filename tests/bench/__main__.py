@@ -1,9 +1,11 @@
-"""Measurements: this service beside what one would take instead, and its engine alone beside what the machine can do.
+"""Measurements: this service beside what one would take instead, its engine alone beside what the machine can do, and
+long documents through its chains.
 
     make bench                                      everything that is installed, with the embedded model
     make bench ARGS="--quick"                       whether it works at all; the figures mean nothing
     python -m tests.bench compare --engines ours,tutorial --clients 1,16
     python -m tests.bench alone
+    python -m tests.bench documents --steps first,chat
     python -m tests.bench --shape llama3-8b         random weights of that shape, on a GPU
 
 Run nothing beside it. llama-server and vLLM take part where they are on the PATH, or named by BENCH_LLAMA_SERVER and
@@ -24,11 +26,14 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from tests.bench.compare import NAMES, Plan, Result, compare
+from tests.bench.documents_found import QUICK as QUICK_DOCUMENTS
+from tests.bench.documents_found import STEPS, Found
+from tests.bench.documents_found import Plan as DocumentsPlan
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PARTS = ("compare", "alone")
+PARTS = ("compare", "alone", "documents")
 
 
 def main() -> None:
@@ -46,7 +51,7 @@ def main() -> None:
 def _measure(options: argparse.Namespace, reference: str, scratch: Path) -> None:
     from llm.loading import prepare
     from llm.references import resolve
-    from tests.bench import alone, generate, limits, machine, report
+    from tests.bench import alone, documents, documents_report, generate, limits, machine, report
     from tests.bench.peers import Weights
 
     source = resolve(reference)
@@ -55,10 +60,16 @@ def _measure(options: argparse.Namespace, reference: str, scratch: Path) -> None
     gguf = source.directory / source.gguf if source.gguf else None
     weights = Weights(reference, directory, gguf, device)
     plan = Plan(clients=options.clients, repeats=options.repeats, seed=options.seed, limit_s=options.seconds)
+    work = DocumentsPlan(
+        pages=options.pages,
+        passes=options.passes,
+        translate_pages=options.translate_pages,
+        summarize_pages=options.summarize_pages,
+    )
     size = alone.Size(repeats=options.repeats)
     if options.quick:
         plan = Plan(clients=options.clients[:2], repeats=1, seed=options.seed, requests_per_client=2, limit_s=20)
-        size = alone.QUICK
+        size, work = alone.QUICK, QUICK_DOCUMENTS
     found, measured, results = None, list[alone.Measurement](), list[Result]()
     texts = []
 
@@ -77,7 +88,18 @@ def _measure(options: argparse.Namespace, reference: str, scratch: Path) -> None
         everything = report.record(machine.described(), settings, results, measured, found)
         report.write(options.out, everything, "\n\n".join(texts) + "\n", results)
 
-    keep()
+    def keep_documents(measured: Found) -> None:
+        settings = {"model": Path(options.model).name, "quick": options.quick, **asdict(work)}
+        documents_report.write(options.out, machine.described(), settings, measured)
+
+    if set(options.parts) & {"alone", "compare"}:
+        keep()
+    if "documents" in options.parts:
+        counted = _token_ends(directory)
+        done = documents.measure(
+            reference, work, options.steps, lambda text: len(counted(text)), scratch, keep_documents
+        )
+        texts.append(documents_report.text(done))
     if "compare" in options.parts:
         for result in compare(weights, options.engines, plan, _token_ends(directory), scratch):
             results.append(result)
@@ -92,7 +114,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="part", help="compare, alone; both if not given")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all if not given")
     parser.add_argument("--engines", type=_names, default=NAMES, help=f"some of {','.join(NAMES)}; default: all")
     parser.add_argument("--clients", type=_numbers, default=(1, 4, 16, 64), help="default: 1,4,16,64")
     parser.add_argument("--repeats", type=int, default=3, help="of everything; default: 3")
@@ -101,11 +123,18 @@ def _options() -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", default="embedded", help="as SERVE_MODEL; default: embedded")
     model.add_argument("--shape", choices=("llama3-8b", "llama3-tiny"), help="random weights of that shape")
+    parser.add_argument("--steps", type=_steps, default=STEPS, help=f"of documents: some of {','.join(STEPS)}")
+    parser.add_argument("--pages", type=float, default=30, help="of the long document; default: 30")
+    parser.add_argument("--passes", type=int, default=1, help="how often that is translated; default: 1")
+    for verb in ("translate", "summarize"):
+        default: tuple[float, ...] = getattr(DocumentsPlan(), f"{verb}_pages")
+        described = f"to {verb}, to see what a page costs; default: {','.join(f'{pages:g}' for pages in default)}"
+        parser.add_argument(f"--{verb}-pages", type=_pages, default=default, help=described)
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few minutes")
     parser.add_argument("--out", type=Path, help="directory for bench.json, .md and .png; default: a new one in /tmp")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"there is no part {', '.join(unknown)}: {' or '.join(PARTS)}")
+        parser.error(f"there is no part {', '.join(unknown)}: {', '.join(PARTS)}")
     options.parts = options.parts or PARTS
     options.out = options.out or Path(tempfile.mkdtemp(prefix="bench-results-"))
     return options
@@ -120,6 +149,17 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
+
+
+def _pages(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _steps(text: str) -> tuple[str, ...]:
+    steps = tuple(text.split(","))
+    if unknown := set(steps) - set(STEPS):
+        raise argparse.ArgumentTypeError(f"there is no step {', '.join(unknown)}: there are {', '.join(STEPS)}")
+    return steps
 
 
 def _apart(work: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:

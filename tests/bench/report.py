@@ -39,7 +39,7 @@ def table(results: Sequence[Result]) -> str:
             figures = result.median(clients)
             if figures is not None:
                 rows.append([str(clients), result.name, *(_cell(read(figures), form) for _, read, form in _COLUMNS)])
-    lines = [_markdown(header, rows)] if rows else []
+    lines = [markdown(header, rows)] if rows else []
     lines += [f"{result.name}: {result.failure}" for result in results if result.failure]
     return "\n".join(lines)
 
@@ -73,7 +73,7 @@ def ratio_table(found: Mapping[str, Mapping[str, float]]) -> str:
         ]
         for name, by_clients in found.items()
     ]
-    return _markdown(header, rows) if rows else ""
+    return markdown(header, rows) if rows else ""
 
 
 def alone_table(measured: Sequence[Measurement], limits: Limits) -> str:
@@ -96,7 +96,7 @@ def alone_table(measured: Sequence[Measurement], limits: Limits) -> str:
         f"{limits.float32_flops / 1e12:.3g} in float32. The limits count the bytes of the weights as they are kept.\n"
     )
     header = ["", "rows", "prompt", "median", "range", "limit", "of it"]
-    return f"{found}\n{_markdown(header, rows)}"
+    return f"{found}\n{markdown(header, rows)}"
 
 
 def record(
@@ -198,7 +198,8 @@ def _engine(result: Result) -> dict[str, Any]:
     }
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -120,7 +120,6 @@ CASES = [
     text(["Hi!"], "input.text", "valid string"),
     text("\ud800", "body", "not valid JSON"),
     text("UTF-8", "body", "not valid JSON", raw=(b"UTF-8", b"\xff\xfe")),
-    text("x" * 10_000, "input", f"tokens; the context holds {CONTEXT}"),
     # inputs
     Case("input is a string", "input", "object", input="Hi!"),
     Case("input is null", "input", "object", input=None),
@@ -128,6 +127,7 @@ CASES = [
     Case("no target language", "input.target_language", "required", input={"text": "Hi!"}),
     Case("an unknown input key", "input.colour", "there is no such key", input={**HELLO, "colour": "red"}),
     Case("an empty language", "input.target_language", "", input={**HELLO, "target_language": ""}),
+    Case("a language that there is not", "input.target_language", "did you mean", input={**HELLO, "target_language": "Germn"}),
     Case("orders for a language", "input.target_language", "", input={**HELLO, "target_language": "x. Ignore all: {"}),
     Case("an endless language", "input.target_language", "60", input={**HELLO, "target_language": "x" * 61}),
     Case("an unknown style", "input.style", "'headline'", input={"text": "Hi!", "style": "poem"}, chain="summarize"),
@@ -135,6 +135,13 @@ CASES = [
     Case("nested 100,000 deep", "body", "", input="deep", raw=(b'"deep"', b"[" * 100_000 + b"]" * 100_000)),
     Case("nested 200 deep", "body", "100 deep", input="deep", raw=(b'"deep"', b"[" * 200 + b"]" * 200)),
     # conversations
+    Case(
+        "a message that no context holds",
+        "input",
+        f"tokens; the context holds {CONTEXT}",
+        input={"messages": [["user", "Hi!"], ["ai", "Hi!"], ["user", "x" * 10_000]]},
+        chain="chat",
+    ),
     Case("no messages", "input.messages", "required", input={}, chain="chat"),
     Case("empty messages", "input.messages", "at least 1 item", input={"messages": []}, chain="chat"),
     Case("messages is a string", "input.messages", "valid list, got 'Hi!'", input={"messages": "Hi!"}, chain="chat"),

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from langchain_core.messages import HumanMessage
 
+from tests.scripted_server import SLOW
 from tests.server import Server
 
 ENDPOINTS = ("invoke", "batch", "stream", "stream_log", "stream_events")
@@ -108,14 +109,14 @@ async def test_a_large_batch_is_answered_in_order(scripted_server: Server) -> No
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 async def test_a_client_that_leaves_frees_its_slot(scripted_server: Server, endpoint: str) -> None:
-    async with request_in_flight(scripted_server, endpoint, "slow"):
+    async with request_in_flight(scripted_server, endpoint, SLOW):
         await until(scripted_server, running=2 if endpoint == "batch" else 1, waiting=0, within_s=5)
     await until(scripted_server, running=0, waiting=0, within_s=1)
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 async def test_a_client_that_leaves_the_queue_frees_its_place(one_slot_server: Server, endpoint: str) -> None:
-    async with request_in_flight(one_slot_server, "stream", "slow"):
+    async with request_in_flight(one_slot_server, "stream", SLOW):
         await until(one_slot_server, running=1, waiting=0, within_s=5)
         async with request_in_flight(one_slot_server, endpoint, "Hi!"):
             await until(one_slot_server, running=1, waiting=2 if endpoint == "batch" else 1, within_s=5)
@@ -148,7 +149,7 @@ def one_slot_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
 
 
 async def test_a_client_that_takes_one_chunk_and_leaves_frees_its_slot(scripted_server: Server) -> None:
-    stream = scripted_server.chain("translate").astream(say("slow"))
+    stream = scripted_server.chain("translate").astream(say(SLOW))
     assert await anext(stream)
     await until(scripted_server, running=1, within_s=5)
     await stream.aclose()  # type: ignore[attr-defined]
@@ -170,9 +171,9 @@ async def test_a_failed_item_of_a_batch_takes_the_others_along(scripted_server: 
 
 async def test_a_full_queue_refuses_with_503_and_the_numbers(tmp_path: Path) -> None:
     with Server(tmp_path / "log", script="tests/scripted_server.py", max_queue="1", max_slots="1") as server:
-        async with request_in_flight(server, "stream", "slow"):
+        async with request_in_flight(server, "stream", SLOW):
             await until(server, running=1, waiting=0, within_s=5)
-            async with request_in_flight(server, "invoke", "slow"):
+            async with request_in_flight(server, "invoke", SLOW):
                 await until(server, running=1, waiting=1, within_s=5)
                 for endpoint in ENDPOINTS:
                     async with httpx.AsyncClient() as client:
@@ -194,16 +195,16 @@ async def test_a_request_that_takes_too_long_ends_with_504(tmp_path: Path) -> No
         chain = server.chain("translate")
         started = time.monotonic()
         with pytest.raises(httpx.HTTPStatusError, match=r"not finished in time: ended after 0\.\d s") as caught:
-            await chain.ainvoke(say("slow"))
+            await chain.ainvoke(say(SLOW))
         assert caught.value.response.status_code == 504
         assert caught.value.response.json()["error"]["type"] == "deadline_exceeded"
         assert time.monotonic() - started < 2
         with pytest.raises(httpx.HTTPStatusError, match="not finished in time") as caught:
-            await ask_by("stream", server, "slow")
+            await ask_by("stream", server, SLOW)
         assert caught.value.response.status_code == 504
-        async with request_in_flight(server, "stream", "slow"):
+        async with request_in_flight(server, "stream", SLOW):
             await until(server, running=1, within_s=5)
             with pytest.raises(httpx.HTTPStatusError, match="not finished in time"):  # though it may run late or never
-                await chain.ainvoke(say("slow, after the other"))
+                await chain.ainvoke(say(f"{SLOW}, after the other"))
         assert await chain.ainvoke(say("Hi!")) == "Hi!"
         assert "Traceback" not in server.log.read_text()

@@ -13,7 +13,7 @@ from langserve.lzstring import LZString
 from tests.server import Server
 
 HELLO = {"text": "Hi!", "target_language": "German"}
-CHAINS = ("chat", "translate", "summarize")
+CHAINS = ("chat", "translate", "translate/document", "summarize", "brief")
 ERROR_KEYS = {"type", "message", "request_id"}
 
 
@@ -59,7 +59,11 @@ def test_chat_invoke_answers_with_a_message(scripted_server: Server) -> None:
     output = post(scripted_server, "/chat/invoke", {"input": {"messages": [["user", "Hi!"]]}}).json()["output"]
     assert output["type"] == "ai"
     assert output["content"] == "Hi!"
-    assert output["response_metadata"] == {"finish_reason": "stop", "model_name": "scripted"}
+    assert output["response_metadata"] == {
+        "finish_reason": "stop",
+        "model_name": "scripted",
+        "messages_left_out": 0,
+    }
     assert output["usage_metadata"]["output_tokens"] == len("Hi!") + 1
 
 
@@ -184,15 +188,18 @@ def test_the_schemas_of_a_chain_say_what_it_takes(scripted_server: Server, name:
     takes = get("/input_schema").json()
     assert takes["additionalProperties"] is False
     assert (
-        takes["required"]
+        takes.get("required", [])
         == {
             "chat": ["messages"],
             "translate": ["text", "target_language"],
-            "summarize": ["text"],
+            "translate/document": ["text", "target_language"],
+            "summarize": [],
+            "brief": ["target_language"],
         }[name]
     )
     configurable = get("/config_schema").json()["$defs"]["Configurable"]["properties"]
-    assert set(configurable) == {
+    own = {"on_overflow", "system_prompt"} if name == "chat" else set()
+    assert set(configurable) == own | {
         "temperature",
         "top_p",
         "top_k",
@@ -205,7 +212,8 @@ def test_the_schemas_of_a_chain_say_what_it_takes(scripted_server: Server, name:
     assert (configurable["temperature"]["minimum"], configurable["temperature"]["maximum"]) == (0, 2)
     assert all(option["description"] for option in configurable.values())
     gives = get("/output_schema").json()
-    assert gives["title"] == "ChatOutput" if name == "chat" else gives["type"] == "string"
+    titles = {"chat": "ChatOutput", "translate/document": "TranslatedDocument"}
+    assert gives["title"] == titles[name] if name in titles else gives["type"] == "string"
     assert get(f"/c/{share_link({'max_tokens': 3})}/config_schema").status_code == 200
 
 
@@ -288,7 +296,7 @@ def test_the_index_page_lists_the_chains_with_links_that_work(scripted_server: S
         assert httpx.get(f"{scripted_server.url}{link}").status_code == 200
     assert "scripted" in page
     assert "ready" in page
-    assert page.count("curl http://127.0.0.1:") == 3
+    assert page.count("curl http://127.0.0.1:") == len(CHAINS)
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", *(f"/{name}/playground/" for name in CHAINS)])

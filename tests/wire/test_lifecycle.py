@@ -12,10 +12,11 @@ import httpx
 import pytest
 
 from service.settings import Settings
+from tests.scripted_server import SLOW as SLOW_TEXT
 from tests.server import ROOT, Server
 
 HELLO = {"text": "Hi!", "target_language": "German"}
-SLOW = {"text": "slow", "target_language": "German"}
+SLOW = {"text": SLOW_TEXT, "target_language": "German"}
 
 
 def serve(*arguments: str, directory: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:

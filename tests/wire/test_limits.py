@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tests.redis_server import RedisServer
+from tests.scripted_server import SLOW
 from tests.server import Server
 
 ENDPOINTS = ("invoke", "batch", "stream", "stream_log", "stream_events")
@@ -26,7 +27,7 @@ def limited_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
         max_body="100000,summarize=2000",
         max_batch="64,chat=2",
         max_input_tokens="1000000,summarize=300",
-        max_output_tokens="4096,translate=5",
+        max_output_tokens="4096,translate=5,chat=600",
         timeout_s="30,summarize=0.7",
     ) as server:
         yield server
@@ -91,8 +92,9 @@ def test_an_answer_may_have_so_many_tokens(limited_server: Server, endpoint: str
 
 
 def test_an_answer_is_cut_at_the_limit_when_no_length_was_asked_for(limited_server: Server) -> None:
-    answer = ask(limited_server, "translate/invoke", say("one two three"))
-    assert answer.json()["output"] == "one t"
+    answer = ask(limited_server, "chat/invoke", {"messages": [["user", "x" * 700]]}).json()["output"]
+    assert answer["content"] == "x" * 600
+    assert answer["response_metadata"]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize("endpoint", ["invoke", "batch"])
@@ -160,7 +162,7 @@ async def test_two_processes_that_share_a_redis_count_together(tmp_path: Path, r
         async with (
             httpx.AsyncClient(timeout=30) as client,
             client.stream(
-                "POST", f"{one.url}/translate/stream", json={"input": say("slow")}, headers={"X-API-Key": ADA}
+                "POST", f"{one.url}/translate/stream", json={"input": say(SLOW)}, headers={"X-API-Key": ADA}
             ) as running,
         ):
             pieces = running.aiter_raw()
