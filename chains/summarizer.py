@@ -192,8 +192,9 @@ class Summarizer:
             await self._progress(stage, done, len(parts))
             yield written
 
+        # No slash: LangChain makes a path of the name in /stream_log, and readers of that break off.
         jobs: Iterator[Job[str]] = (
-            partial(note, part, f"{stage} {index}/{len(parts)}") for index, part in enumerate(parts, 1)
+            partial(note, part, f"{stage} {index} of {len(parts)}") for index, part in enumerate(parts, 1)
         )
         async with aclosing(in_order(jobs, ahead=self._config.get("max_concurrency") or AHEAD)) as notes:
             return [note async for note in notes]

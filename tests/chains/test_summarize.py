@@ -128,8 +128,8 @@ async def test_runs_are_named_for_what_they_do() -> None:
     chain = summarize.build(MarkingModel(answer=Marks())).runnable
     events = chain.astream_events({"text": pages(20)}, version="v2")
     names = [event["name"] async for event in events if event["event"] == "on_chat_model_start"]
-    assert names[0] == f"map 1/{len(names) - 1}"
-    assert set(names) == {f"map {index}/{len(names) - 1}" for index in range(1, len(names))} | {"summarize"}
+    assert names[0] == f"map 1 of {len(names) - 1}"
+    assert set(names) == {f"map {index} of {len(names) - 1}" for index in range(1, len(names))} | {"summarize"}
 
 
 @pytest.mark.parametrize(
