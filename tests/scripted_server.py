@@ -18,7 +18,7 @@ from service.settings import read_settings
 
 SLOW_WORDS = 200
 
-SLOW = "a slow text, " * 20
+SLOW = ", ".join(["a slow text"] * 20)
 """A text whose translation takes seconds: it may only be so much longer than the text."""
 
 

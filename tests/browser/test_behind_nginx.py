@@ -120,8 +120,11 @@ def test_a_client_streams_behind_nginx(nginx: Nginx) -> None:
 
 
 def events_that_come_first(nginx: Nginx) -> int:
-    body = {"input": {"text": "slow", "target_language": "German"}}
-    with httpx.stream("POST", f"{nginx.url}/translate/stream", json=body, timeout=60) as response:
+    body = {
+        "input": {"text": "The dog met a lighthouse keeper, who told it of a storm. " * 8, "max_words": 500},
+        "config": {"configurable": {"seed": 1, "temperature": 1, "max_tokens": 150}},
+    }
+    with httpx.stream("POST", f"{nginx.url}/summarize/stream", json=body, timeout=60) as response:
         return next(count for piece in response.iter_text() if (count := piece.count("event: data")))
 
 

@@ -6,6 +6,7 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import Shoot
 from tests.browser.playgrounds import FormPlayground, assert_grew
 from tests.browser.watch import Watch
+from tests.scripted_server import SLOW
 from tests.server import Server
 
 STORY = (
@@ -13,7 +14,7 @@ STORY = (
     "gym, where the villagers brought them soup and blankets."
 )
 
-STYLES = ("paragraph", "bullets", "headline")
+STYLES = ("paragraph", "bullets", "headline", "key_points")
 
 OPTIONS = {
     "max_tokens": "New tokens at most",
@@ -30,12 +31,14 @@ INPUTS = {
         "text": "What to translate",
         "target_language": "The language to translate into",
         "source_language": "The language of the text",
+        "formality": "How the reader is addressed",
     },
     "summarize": {
         "text": "What to summarize",
         "style": "The form of the summary",
         "max_words": "How long it may be",
         "language": "The language of the summary",
+        "focus": "A question to keep in view",
     },
 }
 
@@ -162,7 +165,13 @@ def test_a_style_is_chosen_from_a_list(scripted_server: Server, page: Page, watc
     playground.run()
 
     (body,) = watch.bodies("/summarize/stream_log")
-    assert body["input"] == {"text": "hello", "style": "bullets", "max_words": 20, "language": "German"}
+    assert body["input"] == {
+        "text": "hello",
+        "documents": [],
+        "style": "bullets",
+        "max_words": 20,
+        "language": "German",
+    }
 
 
 def test_optional_fields_can_be_filled_in_and_emptied_again(scripted_server: Server, page: Page, watch: Watch) -> None:
@@ -172,7 +181,7 @@ def test_optional_fields_can_be_filled_in_and_emptied_again(scripted_server: Ser
 
     assert playground.run() == "hello"
     (body,) = watch.bodies("/translate/stream_log")
-    assert body["input"] == {"text": "hello", "target_language": "German"}
+    assert body["input"] == {"text": "hello", "target_language": "German", "glossary": []}
 
 
 def test_the_form_shows_the_answer_bit_by_bit(scripted_server: Server, page: Page, watch: Watch) -> None:
@@ -190,7 +199,7 @@ def test_the_form_shows_the_answer_bit_by_bit(scripted_server: Server, page: Pag
 
 def test_the_stop_button_frees_the_model(scripted_server: Server, page: Page, watch: Watch) -> None:
     playground = FormPlayground(page, scripted_server, "translate")
-    playground.fill(text="slow", target_language="German")
+    playground.fill(text=SLOW, target_language="German")
     playground.start()
     expect(playground.output).to_contain_text("word1")
 
@@ -216,10 +225,12 @@ def test_a_failure_in_the_middle_shows_in_the_form(scripted_server: Server, page
 
 def test_a_refusal_by_the_service_shows_in_the_form(scripted_server: Server, page: Page, watch: Watch) -> None:
     playground = FormPlayground(page, scripted_server, "translate")
-    playground.fill(text="too long " * 1000, target_language="German")
+    playground.fill(text="hello", target_language="Germn")
     playground.start()
 
-    expect(page.get_by_role("alert")).to_contain_text("input: ")
+    expect(page.get_by_role("alert")).to_contain_text(
+        "input.target_language: there is no language 'Germn'; did you mean"
+    )
     expect(playground.start_button).to_be_enabled()
     assert watch.take_problems()
 

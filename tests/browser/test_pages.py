@@ -9,7 +9,7 @@ from tests.browser.conftest import Shoot
 from tests.browser.watch import Watch
 from tests.server import Server
 
-CHAINS = ("chat", "translate", "summarize")
+CHAINS = ("chat", "translate", "translate/document", "summarize", "brief")
 
 
 def test_the_index_lists_the_chains_and_the_models_state(
@@ -46,10 +46,13 @@ def test_the_command_lines_of_the_index_work(scripted_server: Server, page: Page
         )
         answers.append(json.loads(done.stdout)["output"])
 
-    chat, translation, summary = answers
+    chat, translation, document, summary, brief = answers
     assert chat["content"] == "What is the capital of France?"
     assert translation == "Good morning, my friends!"
+    assert document["text"] == "Good morning, my friends!"
+    assert [segment["source"] for segment in document["segments"]] == ["Good morning, my friends!"]
     assert "The cat sat on the mat." in summary
+    assert "The cat sat on the mat." in brief
 
 
 def test_the_api_documentation_shows_the_operations(server: Server, page: Page, watch: Watch, shoot: Shoot) -> None:

@@ -68,8 +68,8 @@ def steady_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def echo(endpoint: str, number: int) -> bytes:
     """Something that the scripted model says again in some fifty steps."""
-    said = {"text": f"Caller number {number} has this to say, and no more.", "target_language": "German"}
-    return request(f"/translate/{endpoint}", {"inputs": [said] * 3} if endpoint == "batch" else {"input": said})
+    said = {"messages": [["user", f"Caller number {number} has this to say, and no more."]]}
+    return request(f"/chat/{endpoint}", {"inputs": [said] * 3} if endpoint == "batch" else {"input": said})
 
 
 def short_answer(endpoint: str, number: int) -> bytes:
@@ -83,7 +83,7 @@ def short_answer(endpoint: str, number: int) -> bytes:
 
 def long_echo() -> bytes:
     """A stream of more than six seconds."""
-    return request("/translate/stream", {"input": {"text": "x" * 3000, "target_language": "German"}})
+    return request("/chat/stream", {"input": {"messages": [["user", "x" * 3000]]}})
 
 
 def long_answer() -> bytes:
@@ -192,9 +192,7 @@ async def test_who_leaves_the_queue_frees_a_place(steady_server: Server, manner:
 
 async def test_who_sends_a_second_request_along_and_leaves_frees_its_slot(steady_server: Server) -> None:
     """A server that reads ahead no further than the second request does not see the end of the connection."""
-    long = request(
-        "/translate/invoke", {"input": {"text": "x" * 3000, "target_language": "German"}}, Connection="keep-alive"
-    )
+    long = request("/chat/invoke", {"input": {"messages": [["user", "x" * 3000]]}}, Connection="keep-alive")
     departure = Departure(Moment.ASKED, Manner.FIN, after_s=0.5)
 
     outcome = await ask(steady_server.port, long + long, departure=departure)

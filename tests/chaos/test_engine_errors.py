@@ -36,8 +36,8 @@ def fragile_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 
 def say(endpoint: str, *texts: str) -> bytes:
-    inputs = [{"text": text, "target_language": "German"} for text in texts]
-    return request(f"/translate/{endpoint}", {"inputs": inputs} if endpoint == "batch" else {"input": inputs[0]})
+    inputs = [{"messages": [["user", text]]} for text in texts]
+    return request(f"/chat/{endpoint}", {"inputs": inputs} if endpoint == "batch" else {"input": inputs[0]})
 
 
 @asynccontextmanager

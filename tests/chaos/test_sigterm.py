@@ -23,8 +23,8 @@ def serving(log: Path, **settings: Any) -> Server:
 
 def say(endpoint: str, length: int) -> bytes:
     """Its answer takes two milliseconds a character, and more among others."""
-    said = {"text": "x" * length, "target_language": "German"}
-    return request(f"/translate/{endpoint}", {"inputs": [said]} if endpoint == "batch" else {"input": said})
+    said = {"messages": [["user", "x" * length]]}
+    return request(f"/chat/{endpoint}", {"inputs": [said]} if endpoint == "batch" else {"input": said})
 
 
 async def under_way(server: Server, messages: list[bytes]) -> list[asyncio.Task[Outcome]]:

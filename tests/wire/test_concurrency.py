@@ -13,8 +13,7 @@ from langchain_core.messages import HumanMessage
 
 from tests.scripted_server import SLOW
 from tests.server import Server
-
-ENDPOINTS = ("invoke", "batch", "stream", "stream_log", "stream_events")
+from tests.wire.asking import ENDPOINTS, until
 
 
 def say(text: str) -> dict[str, Any]:
@@ -24,18 +23,6 @@ def say(text: str) -> dict[str, Any]:
 def body(endpoint: str, text: str) -> dict[str, Any]:
     """A request; a batch has two of it."""
     return {"inputs": [say(text)] * 2} if endpoint == "batch" else {"input": say(text)}
-
-
-async def until(server: Server, *, within_s: float, **engine: int) -> None:
-    """Wait until `/health` says this of the engine."""
-    deadline = time.monotonic() + within_s
-    async with httpx.AsyncClient() as client:
-        while True:
-            seen = (await client.get(f"{server.url}/health")).json()["engine"]
-            if all(seen[name] == value for name, value in engine.items()):
-                return
-            assert time.monotonic() < deadline, f"not {engine} within {within_s} s: {seen}"
-            await asyncio.sleep(0.02)
 
 
 @asynccontextmanager

@@ -1,97 +1,144 @@
-"""Documents over HTTP: translated in order, told segment by segment, read from files, refused before the first byte."""
+"""Translations of long texts over HTTP: in order, from the start, told segment by segment; and those who leave."""
 
-import base64
-import time
+import asyncio
 from typing import Any
 
-import httpx
 import pytest
 
-from chains import translate
-from tests.files.making import docx, docx_bomb, encrypted_pdf, image_only_pdf, many_pages_pdf, pdf
 from tests.server import Server
+from tests.wire.asking import ENDPOINTS, ask, at, custom, error_of, leave_at, told, until
 
-ENDPOINTS = ("invoke", "batch", "stream", "stream_log", "stream_events")
-TEXT = "\n\n".join(f"Paragraph {index} of a cipher, with `code {index}` in it." for index in range(30))
+NUM_PARAGRAPHS = 50
+TEXT = "\n\n".join(f"Paragraph {index} of a cipher, with `code {index}` in it." for index in range(NUM_PARAGRAPHS))
 ASKED = {"text": TEXT, "target_language": "German", "source_language": "English"}
+AHEAD = 16
+"""Segments that are translated at once."""
 
 
-async def test_each_segment_is_told_while_a_translation_streams(scripted_server: Server) -> None:
-    told: list[Any] = []
-    text = ""
-    async for event in scripted_server.chain("translate").astream_events(ASKED, version="v2"):
-        if event["event"] == "on_custom_event" and event["name"] == "segment":
-            told.append(event["data"])
-        if event["event"] == "on_chain_stream" and event["name"] == "/translate":
-            text += event["data"]["chunk"]
-    assert "".join(segment["source"] for segment in told) == TEXT
-    assert "".join(segment["target"] for segment in told) == text
-    assert [segment["done"] for segment in told] == sorted(segment["done"] for segment in told)
-    assert all(f"`code {index}`" in text for index in range(30))
-    assert text.startswith("Cnentencu 0 ")
+@pytest.fixture(scope="module")
+def translation(scripted_server: Server) -> str:
+    return str(ask(scripted_server, "translate/invoke", ASKED).json()["output"])
 
 
-def test_a_document_is_told_whole(scripted_server: Server) -> None:
+def test_all_of_a_long_text_is_translated_in_order(translation: str) -> None:
+    paragraphs = translation.split("\n\n")
+    assert len(paragraphs) == NUM_PARAGRAPHS
+    for index, paragraph in enumerate(paragraphs):
+        assert paragraph == f"Cnentencu {index} bs n pvcure, jvgu `code {index}` va vg."
+
+
+def test_a_stream_says_the_same_as_an_answer(scripted_server: Server, translation: str) -> None:
+    chunks = list(scripted_server.chain("translate").stream(ASKED))
+    assert len(chunks) > NUM_PARAGRAPHS
+    assert "".join(chunks) == translation
+
+
+def test_the_first_words_go_out_before_most_of_the_text_was_asked_for(scripted_server: Server) -> None:
+    text = TEXT.replace("`", "")
+    events = list(told(ask(scripted_server, "translate/stream_events", {**ASKED, "text": text})))
+    kinds = [event["event"] if event["name"] != "/translate" else f"own {event['event']}" for event in events]
+    first = kinds.index("own on_chain_stream")
+    assert kinds.count("on_chat_model_start") >= NUM_PARAGRAPHS
+    assert kinds[:first].count("on_chat_model_start") <= AHEAD
+
+
+async def test_each_segment_is_told_while_a_translation_streams(scripted_server: Server, translation: str) -> None:
+    events = [event async for event in scripted_server.chain("translate").astream_events(ASKED, version="v2")]
+    segments = custom(events, "segment")
+    assert len(segments) == NUM_PARAGRAPHS
+    assert "".join(segment["source"] for segment in segments) == TEXT
+    assert "".join(segment["target"] for segment in segments) == translation
+    assert [segment["index"] for segment in segments] == list(range(NUM_PARAGRAPHS))
+    assert segments[-1]["done"] == segments[-1]["total"] == len(TEXT)
+    own = [event for event in events if event["name"] == "/translate" and event["event"] == "on_chain_stream"]
+    assert "".join(event["data"]["chunk"] for event in own) == translation
+
+
+def test_a_document_is_told_whole(scripted_server: Server, translation: str) -> None:
     chain = scripted_server.chain("translate/document")
     whole = chain.invoke(ASKED)
+    assert set(whole) == {"text", "segments"}
+    assert whole["text"] == "".join(segment["target"] for segment in whole["segments"]) == translation
     assert "".join(segment["source"] for segment in whole["segments"]) == TEXT
-    assert "".join(segment["target"] for segment in whole["segments"]) == whole["text"]
+    assert {segment["status"] for segment in whole["segments"]} <= {"translated", "mended"}
+
     pieces = list(chain.stream(ASKED))
-    assert "".join(piece.get("text", "") for piece in pieces) == whole["text"]
-    assert scripted_server.chain("translate").invoke(ASKED) == whole["text"]
+    assert "".join(piece.get("text", "") for piece in pieces) == translation
+    assert len([segment for piece in pieces for segment in piece.get("segments", [])]) == NUM_PARAGRAPHS
+
+    short = {**ASKED, "text": "One cipher."}
+    assert [answer["text"] for answer in chain.batch([short, {**short, "text": "Two ciphers."}])] == [
+        "Bar pvcure.",
+        "Gjb pvcuref.",
+    ]
 
 
-def test_a_user_puts_two_hosted_chains_together(scripted_server: Server) -> None:
-    text = {"text": "The cipher of the cat, which sat on the mat."}
-    summarize, deliver = scripted_server.chain("summarize"), scripted_server.chain("translate")
-    composed = summarize | translate.to("German") | deliver
-    answer = "".join(composed.stream(text))
-    assert "juvpu fng ba gur zng" in answer
-    brief = scripted_server.chain("brief")
-    asked = {**text, "target_language": "German"}
-    assert "".join(brief.stream(asked)) == brief.invoke(asked) == answer
+def test_long_texts_in_a_batch_do_not_mix(scripted_server: Server) -> None:
+    texts = ["\n\n".join(f"{name} cipher {index}." for index in range(20)) for name in ("Red", "Blue", "Green")]
+    answers = scripted_server.chain("translate").batch([{**ASKED, "text": text} for text in texts])
+    assert answers == [text.translate(ROT13) for text in texts]
 
 
+ROT13 = {ord(c): (ord(c) - base + 13) % 26 + base for base in (65, 97) for c in map(chr, range(base, base + 26))}
+
+
+async def test_segments_are_translated_at_once(scripted_server: Server) -> None:
+    answer = asyncio.create_task(scripted_server.chain("translate").ainvoke(ASKED))
+    running = []
+    while not answer.done():
+        health: Any = await asyncio.to_thread(scripted_server.health)
+        running.append(health["running"])
+        await asyncio.sleep(0.02)
+    await answer
+    assert 4 < max(running) <= AHEAD
+
+
+@pytest.mark.parametrize("chain", ["translate", "translate/document"])
+@pytest.mark.parametrize("endpoint", ["stream", "stream_log", "stream_events"])
+async def test_who_leaves_a_long_translation_frees_everything(
+    scripted_server: Server, chain: str, endpoint: str
+) -> None:
+    long = {**ASKED, "text": "\n\n".join([TEXT] * 10)}
+    await leave_at(scripted_server, f"{chain}/{endpoint}", long, "Cnentencu 3")
+    await until(scripted_server, running=0, waiting=0, within_s=2)
+    await asyncio.sleep(0.3)
+    await until(scripted_server, running=0, waiting=0, within_s=0)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize(
-    "content",
+    ("chain", "field", "value", "near"),
     [
-        pdf(["It rained all day."]),
-        docx(["It rained all day."]),
-        b"<!doctype html><p>It rained all day.",
-        b"It rained all day.",
+        ("translate", "target_language", "Germn", "German (de)"),
+        ("translate", "source_language", "Frenhc", "French (fr)"),
+        ("translate/document", "target_language", "Spainish", "Spanish (es)"),
+        ("summarize", "language", "Itlaian", "Italian (it)"),
+        ("brief", "language", "Portugese", "Portuguese (pt)"),
+        ("brief", "target_language", "Dutsch", "Dutch (nl)"),
     ],
-    ids=["pdf", "docx", "html", "text"],
 )
-def test_a_file_is_summarized(scripted_server: Server, content: bytes) -> None:
-    answer = scripted_server.chain("summarize").invoke({"file": base64.b64encode(content).decode()})
-    assert "It rained all day." in answer
+def test_a_language_that_there_is_not_is_refused_with_those_that_there_are(
+    scripted_server: Server, endpoint: str, chain: str, field: str, value: str, near: str
+) -> None:
+    asked = {"text": "Hi!"} if chain == "summarize" else {"text": "Hi!", "target_language": "German"}
+    response = ask(scripted_server, f"{chain}/{endpoint}", {**asked, field: value})
+    error = error_of(response, 422, "invalid_request")
+    assert error["field"] == at(endpoint, f".{field}")
+    assert f"there is no language '{value}'; did you mean" in error["message"]
+    assert near in error["message"]
 
 
-HOSTILE = {
-    "encrypted": (encrypted_pdf(), 422),
-    "image-only": (image_only_pdf(2), 422),
-    "100,000 pages": (many_pages_pdf(100_000), 413),
-    "bomb": (docx_bomb(), 413),
-    "unknown": (b"\x00\x01\x02\xff" * 1000, 422),
-}
+FRENCH = "Bonjour à tous, nous sommes très heureux de vous voir ici ce matin.\n\nIl a plu toute la journée.\n"
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_is_refused_before_the_first_byte(scripted_server: Server, name: str) -> None:
-    content, status = HOSTILE[name]
-    given = {"file": base64.b64encode(content).decode()}
-    for endpoint in ENDPOINTS:
-        body = {"inputs": [given]} if endpoint == "batch" else {"input": given}
-        response = httpx.post(f"{scripted_server.url}/summarize/{endpoint}", json=body, timeout=60)
-        assert response.status_code == status, response.text[:300]
-        error = response.json()["error"]
-        assert error["field"] == ("inputs[0].file" if endpoint == "batch" else "input.file")
-        assert "Traceback" not in error["message"]
-    began = time.monotonic()
-    assert scripted_server.chain("chat").invoke({"messages": [("user", "Hi!")]}).content == "Hi!"
-    assert time.monotonic() - began < 10
-
-
-def test_a_text_that_is_in_the_language_already_comes_back_as_it_is(scripted_server: Server) -> None:
-    text = "Bonjour à tous, nous sommes très heureux de vous voir ici ce matin.\n"
-    assert scripted_server.chain("translate").invoke({"text": text, "target_language": "fr"}) == text
+@pytest.mark.parametrize("given", [{}, {"source_language": "French"}, {"source_language": "fr-FR"}])
+def test_a_text_in_the_language_already_comes_back_as_it_is_and_no_model_is_asked(
+    scripted_server: Server, given: dict[str, str]
+) -> None:
+    asked = {"text": FRENCH, "target_language": "français", **given}
+    events = list(told(ask(scripted_server, "translate/stream_events", asked)))
+    assert not any(event["event"].startswith("on_chat_model") for event in events)
+    (segment,) = custom(events, "segment")
+    assert segment["status"] == "kept"
+    assert scripted_server.chain("translate").invoke(asked) == FRENCH
+    assert "".join(scripted_server.chain("translate").stream(asked)) == FRENCH
