@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.server import Server
-from tests.wire.test_concurrency import until
+from tests.wire.asking import until
 from tests.wire.test_http import stream_until_broken
 
 SCRIPT = """
