@@ -124,8 +124,10 @@ class Translation:
         asked = TranslateInput.model_validate(value)
         wish = _wish(asked)
         if wish.source is not None and is_same(wish.source, wish.target):
+            kept = SegmentReport.kept(asked.text)
             yield asked.text
-            yield SegmentReport.kept(asked.text)
+            await adispatch_custom_event("segment", kept.model_dump(), config=config)
+            yield kept
             return
         translator = Translator(
             self._model,

@@ -9,7 +9,9 @@ from tests.server import Server
 from tests.wire.asking import ENDPOINTS, ask, at, custom, error_of, leave_at, told, until
 
 NUM_PARAGRAPHS = 50
-TEXT = "\n\n".join(f"Paragraph {index} of a cipher, with `code {index}` in it." for index in range(NUM_PARAGRAPHS))
+TEXT = "\n\n".join(
+    f"Paragraph {index} of a cipher, with `code {index}` in the cipher." for index in range(NUM_PARAGRAPHS)
+)
 ASKED = {"text": TEXT, "target_language": "German", "source_language": "English"}
 AHEAD = 16
 """Segments that are translated at once."""
@@ -24,7 +26,7 @@ def test_all_of_a_long_text_is_translated_in_order(translation: str) -> None:
     paragraphs = translation.split("\n\n")
     assert len(paragraphs) == NUM_PARAGRAPHS
     for index, paragraph in enumerate(paragraphs):
-        assert paragraph == f"Cnentencu {index} bs n pvcure, jvgu `code {index}` va vg."
+        assert paragraph == f"Cnentencu {index} bs n pvcure, jvgu `code {index}` va gur pvcure."
 
 
 def test_a_stream_says_the_same_as_an_answer(scripted_server: Server, translation: str) -> None:
@@ -113,7 +115,7 @@ async def test_who_leaves_a_long_translation_frees_everything(
         ("translate", "source_language", "Frenhc", "French (fr)"),
         ("translate/document", "target_language", "Spainish", "Spanish (es)"),
         ("summarize", "language", "Itlaian", "Italian (it)"),
-        ("brief", "language", "Portugese", "Portuguese (pt)"),
+        ("brief", "language", "Portugeese", "Portuguese (pt)"),
         ("brief", "target_language", "Dutsch", "Dutch (nl)"),
     ],
 )
