@@ -22,7 +22,7 @@ from chains.documents.measure import Measure
 from chains.errors import InputError
 from chains.texts import instructions
 
-AHEAD = 16
+AT_ONCE = 16
 """Parts that are summarized at once."""
 
 CHUNK_TOKENS = 2_000
@@ -196,7 +196,7 @@ class Summarizer:
         jobs: Iterator[Job[str]] = (
             partial(note, part, f"{stage} {index} of {len(parts)}") for index, part in enumerate(parts, 1)
         )
-        async with aclosing(in_order(jobs, ahead=self._config.get("max_concurrency") or AHEAD)) as notes:
+        async with aclosing(in_order(jobs, at_once=self._config.get("max_concurrency") or AT_ONCE)) as notes:
             return [note async for note in notes]
 
     async def _note(self, order: str, part: str, name: str, note_tokens: int) -> str:

@@ -1,5 +1,6 @@
 """The translation chain: a text of any length and a language in, the text in that language out."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -22,10 +23,10 @@ from chains.options import with_options, without_null
 from chains.producing import Producer
 from chains.segments import segments
 from chains.texts import LanguageName, Text
-from chains.translator import MIN_BUDGET, SegmentReport, Translator, Wish, budget
+from chains.translator import MIN_BUDGET, SegmentReport, Translator, Wish, segment_tokens
 
-AHEAD = 16
-"""Segments that are translated at once, or wait for their turn to go out."""
+AT_ONCE = 16
+"""Segments that are translated at once, at most."""
 
 PRESETS = {"temperature": 0.0, "repetition_penalty": 1.0}
 
@@ -122,7 +123,7 @@ class Translation:
     ) -> AsyncGenerator[str | SegmentReport]:
         """Yield the translation bit by bit, and after each segment of it what became of that."""
         asked = TranslateInput.model_validate(value)
-        wish = _wish(asked)
+        wish = await asyncio.to_thread(_wish, asked)
         if wish.source is not None and is_same(wish.source, wish.target):
             kept = SegmentReport.kept(asked.text)
             yield asked.text
@@ -138,16 +139,17 @@ class Translation:
             total=len(asked.text),
             is_streamed=is_streamed,
         )
-        cut = segments(asked.text, budget=self._budget(wish), count=self._measure.count)
+        budget = await asyncio.to_thread(self._budget, wish)
+        cut = segments(asked.text, budget=budget, count=self._measure.count)
         jobs = (partial(translator.translate, segment) for segment in cut)
-        async with aclosing(in_order(jobs, ahead=config.get("max_concurrency") or AHEAD)) as pieces:
+        async with aclosing(in_order(jobs, at_once=config.get("max_concurrency") or AT_ONCE)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, SegmentReport):
                     await adispatch_custom_event("segment", piece.model_dump(), config=config)
                 yield piece
 
     def _budget(self, wish: Wish) -> int:
-        tokens = budget(wish, self._measure)
+        tokens = segment_tokens(wish, self._measure)
         if tokens < MIN_BUDGET:
             context = self._measure.context
             raise InputError("glossary", f"the model's context of {context} tokens has no room for this glossary")

@@ -114,7 +114,7 @@ class Wish:
         return measure.count_messages(self.messages(every)) + 2 * CONTEXT_TOKENS
 
 
-def budget(wish: Wish, measure: Measure) -> int:
+def segment_tokens(wish: Wish, measure: Measure) -> int:
     """Tokens of words that fit into the model's context together with all else; less than `MIN_BUDGET` if few do."""
     room = measure.context - wish.overhead(measure) - EXTRA_TOKENS
     return min(SEGMENT_TOKENS, room // (1 + 2 * GROWTH))
@@ -151,8 +151,9 @@ class Attempt:
 
     @property
     def is_copy(self) -> bool:
-        """Whether all there is so far stands in the source just so."""
-        return self.words.casefold().startswith(self.text.casefold())
+        """Whether all there is so far stands in the source just so, or it begins with all of the source."""
+        said, words = self.text.casefold(), self.words.casefold()
+        return words.startswith(said) or said.startswith(words)
 
     def take(self) -> str:
         """What has not gone out yet."""
@@ -213,47 +214,56 @@ class Translator:
                 attempt.add(chunk)
                 if may_flow and its_turn.is_set() and not attempt.is_copy:
                     yield attempt.take()
-        attempt.problems = self._problems(attempt, is_line=segment.is_line)
+        attempt.problems = await asyncio.to_thread(self._problems, attempt, is_line=segment.is_line)
         status: Literal["translated", "mended", "faulty"] = "faulty" if attempt.problems else "translated"
         if attempt.problems and not attempt.num_out:
-            attempt = await self._again(segment, attempt, name)
+            first = attempt
+            async with aclosing(self._again(segment, first, name)) as growing:
+                async for attempt in growing:
+                    yield attempt.take()
             status = "faulty" if attempt.problems else "mended"
         yield attempt.take()
         attempt.problems += self._missed_terms(attempt)
         yield self._report(segment, attempt, status)
 
-    async def _again(self, segment: Segment, first: Attempt, name: str) -> Attempt:
-        """Translate the words in smaller pieces: around what must stay, or else in halves. What cannot be had stays."""
+    async def _again(self, segment: Segment, first: Attempt, name: str) -> AsyncGenerator[Attempt]:
+        """Translate the words in smaller pieces: around what must stay, or else in halves. What cannot be had stays.
+
+        Yields the second attempt after each piece: what there is of it then will not change.
+        """
         pieces = finer(segment.words)
         if len(pieces) == 1:
             half = max(MIN_BUDGET // 2, self._count(segment.words) * 2 // 3)
             pieces = [Part(piece, is_fixed=False) for piece in cut(segment.words, budget=half, count=self._count)]
         second = Attempt(segment.words, usage=first.usage, finish_reason=first.finish_reason)
-        mended, finish_reasons = [], []
+        mended, finish_reasons = "", []
         for index, piece in enumerate(pieces):
             words = piece.text.strip()
             if piece.is_fixed or not any(map(str.isalpha, words)):
-                mended.append(piece.text)
+                mended += piece.text
                 continue
             attempt = Attempt(words)
             async with aclosing(self._ask(words, f"{name}, again {index + 1}", growth=2 * GROWTH)) as chunks:
                 async for chunk in chunks:
                     attempt.add(chunk)
-            problems = self._problems(attempt, is_line=segment.is_line or (len(pieces) > 1 and "\n" not in words))
+            is_line = segment.is_line or (len(pieces) > 1 and "\n" not in words)
+            problems = await asyncio.to_thread(self._problems, attempt, is_line=is_line)
             is_of_use = problems in ([], [TRUNCATED])
             before, _, after = piece.text.partition(words)
-            mended.append(before + (attempt.text if is_of_use else words) + after)
+            mended += before + (attempt.text if is_of_use else words) + after
             second.problems += problems
             if attempt.usage:
                 second.usage = add_usage(second.usage, attempt.usage)
             finish_reasons.append(attempt.finish_reason)
+            second.mended = mended
+            yield second
         if finish_reasons:
             second.finish_reason = "length" if "length" in finish_reasons else finish_reasons[-1]
-        second.mended = "".join(mended)
-        if not second.problems and self._is_untranslated(segment.words, second.mended):
+        second.mended = mended
+        if not second.problems and self._is_untranslated(segment.words, mended):
             second.problems.append(UNTRANSLATED)
         second.problems += faults(segment.words, second.text, is_line=segment.is_line)
-        return second
+        yield second
 
     def _ask(
         self, words: str, name: str, *, before: str = "", after: str = "", growth: int = GROWTH

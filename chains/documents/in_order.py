@@ -1,7 +1,6 @@
 """Many things done at once, and their pieces handed on in order. Knows no text and no model."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Generic, TypeVar
@@ -10,14 +9,18 @@ import anyio
 
 T = TypeVar("T")
 
+WAITING = 3
+"""Jobs that have run, or are to run next, for each that runs: so all places stay busy behind a slow one."""
+
 Job = Callable[[asyncio.Event], AsyncGenerator[T]]
 """What yields pieces. The event is set once it is its turn: what it yields from then on goes out at once."""
 
 
 class Lane(Generic[T]):
-    """A job that runs, and those of its pieces that nobody has taken yet."""
+    """A job, and those of its pieces that nobody has taken yet."""
 
-    def __init__(self, job: Job[T], *, is_first: bool) -> None:
+    def __init__(self, job: Job[T], places: asyncio.Semaphore, *, is_first: bool) -> None:
+        self._places = places
         self._its_turn = asyncio.Event()
         if is_first:
             self._its_turn.set()
@@ -26,7 +29,7 @@ class Lane(Generic[T]):
 
     async def _run(self, job: Job[T]) -> None:
         try:
-            async with aclosing(job(self._its_turn)) as pieces:
+            async with self._places, aclosing(job(self._its_turn)) as pieces:
                 async for piece in pieces:
                     self._pieces.put_nowait(piece)
         finally:
@@ -40,7 +43,7 @@ class Lane(Generic[T]):
         await self.task
 
 
-async def in_order(jobs: Iterator[Job[T]], *, ahead: int) -> AsyncGenerator[T]:
+async def in_order(jobs: Iterator[Job[T]], *, at_once: int) -> AsyncGenerator[T]:
     """Run jobs at once, and yield all pieces of the first, then all of the second, and so on.
 
     A piece of the job whose turn it is goes out as it comes; those of later ones wait. If one fails, or this is closed,
@@ -48,20 +51,39 @@ async def in_order(jobs: Iterator[Job[T]], *, ahead: int) -> AsyncGenerator[T]:
 
     Args:
         jobs: Asked for the next one, in a thread, only when there is room for it.
-        ahead: How many may run, or have run and wait for their turn.
+        at_once: How many may run. `WAITING` times as many may have run and wait for their turn.
     """
-    lanes: deque[Lane[T]] = deque()
+    places = asyncio.Semaphore(at_once)
+    room = asyncio.Semaphore(at_once * (1 + WAITING))
+    lanes: asyncio.Queue[Lane[T] | None] = asyncio.Queue()  # None: there are no more
+    tasks: set[asyncio.Task[None]] = set()
+
+    def keep(task: asyncio.Task[None]) -> None:
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def open_lanes() -> None:
+        is_first = True
+        try:
+            while await room.acquire() and (job := await asyncio.to_thread(next, jobs, None)) is not None:
+                lane = Lane(job, places, is_first=is_first)
+                keep(lane.task)
+                lanes.put_nowait(lane)
+                is_first = False
+        finally:
+            lanes.put_nowait(None)
+
+    opening = asyncio.create_task(open_lanes())
+    keep(opening)
     try:
-        job = await asyncio.to_thread(next, jobs, None)
-        while job is not None or lanes:
-            while job is not None and len(lanes) < ahead:
-                lanes.append(Lane(job, is_first=not lanes))
-                job = await asyncio.to_thread(next, jobs, None)
-            async for piece in lanes[0].pieces():
+        while (lane := await lanes.get()) is not None:
+            async for piece in lane.pieces():
                 yield piece
-            lanes.popleft()
+            room.release()
+        await opening
     finally:
-        for lane in lanes:
-            lane.task.cancel()
+        left = [*tasks]
+        for task in left:
+            task.cancel()
         with anyio.CancelScope(shield=True):
-            await asyncio.gather(*(lane.task for lane in lanes), return_exceptions=True)
+            await asyncio.gather(*left, return_exceptions=True)

@@ -98,7 +98,8 @@ def parts(text: str) -> Iterator[Part]:
     Indented blocks are code only in a text that looks like Markdown: plain books indent their paragraphs.
     """
     is_markdown = bool(_MARKDOWN.search(text, 0, _LOOK) or _DEFINITION.search(text, 0, _LOOK))
-    labels = frozenset(normal_label(found[1]) for found in _DEFINITION.finditer(text) if is_markdown)
+    definitions = _DEFINITION.finditer(text) if is_markdown else ()
+    labels = frozenset(normal_label(found[1]) for found in definitions)
     for block in blocks(text):
         if block.is_fixed:
             yield Part(block.text, is_fixed=True)

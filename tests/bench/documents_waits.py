@@ -10,7 +10,7 @@ from statistics import mean
 
 from chains.documents.languages import find_language
 from chains.segments import Segment, segments
-from chains.translate import AHEAD
+from chains.translate import AT_ONCE
 from chains.translator import EXTRA_TOKENS, GROWTH, SEGMENT_TOKENS, Wish
 from tests.bench import documents_texts as texts
 from tests.bench.documents_client import Begun, begin, busy, freed, stream
@@ -61,7 +61,7 @@ def chats(server: Server, *, plan: Plan, found: Found, count: Count) -> Iterator
         alike = plain_calls(texts.shuffled(long, seed=3000 + number), count)
         for beside, calls, clients in (
             ("nothing", [], 0),
-            (f"{AHEAD} plain streams", alike, AHEAD),
+            (f"{AT_ONCE} plain streams", alike, AT_ONCE),
             (f"a translation of {long:g} pages", [Call("/translate/stream", {"input": translation(text)})], 1),
         ):
             with _load(server, calls, clients):
@@ -107,7 +107,7 @@ def _load(server: Server, calls: list[Call], clients: int) -> Iterator[None]:
     process.start()
     try:
         deadline = time.monotonic() + BUSY_S
-        while busy(server)[0] < min(AHEAD, len(calls) if clients > 1 else AHEAD):
+        while busy(server)[0] < min(AT_ONCE, len(calls) if clients > 1 else AT_ONCE):
             if time.monotonic() > deadline or not process.is_alive():
                 break  # it is said how many there are
             time.sleep(0.05)

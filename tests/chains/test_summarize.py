@@ -16,7 +16,7 @@ from chains import summarize
 from chains.documents.measure import Measure
 from chains.errors import UnreadableFile
 from chains.summarize import SummarizeInput
-from chains.summarizer import AHEAD, CHUNK_TOKENS, NOTE_TOKENS, NOTES, PART, WHOLE
+from chains.summarizer import AT_ONCE, CHUNK_TOKENS, NOTE_TOKENS, NOTES, PART, WHOLE
 from tests.chains.marking import MarkingModel
 
 BOOK = (Path(__file__).parent.parent / "texts" / "pride-and-prejudice.txt").read_text()
@@ -77,7 +77,7 @@ async def test_of_a_thousand_pages_every_part_is_used_once_at_every_level() -> N
     assert set(used) == set(range(len(asked))) - {last}, "every summary but the last is part of another one"
     assert set(used.values()) == {1}
     assert sum(order == NOTES for order, _ in asked) > 10, "more than one level"
-    assert 1 < model.most_at_once <= AHEAD
+    assert 1 < model.most_at_once <= AT_ONCE
 
 
 async def test_summaries_of_parts_stay_in_order() -> None:

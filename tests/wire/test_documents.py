@@ -13,7 +13,7 @@ TEXT = "\n\n".join(
     f"Paragraph {index} of a cipher, with `code {index}` in the cipher." for index in range(NUM_PARAGRAPHS)
 )
 ASKED = {"text": TEXT, "target_language": "German", "source_language": "English"}
-AHEAD = 16
+AT_ONCE = 16
 """Segments that are translated at once."""
 
 
@@ -41,7 +41,7 @@ def test_the_first_words_go_out_before_most_of_the_text_was_asked_for(scripted_s
     kinds = [event["event"] if event["name"] != "/translate" else f"own {event['event']}" for event in events]
     first = kinds.index("own on_chain_stream")
     assert kinds.count("on_chat_model_start") >= NUM_PARAGRAPHS
-    assert kinds[:first].count("on_chat_model_start") <= AHEAD
+    assert kinds[:first].count("on_chat_model_start") <= AT_ONCE
 
 
 async def test_each_segment_is_told_while_a_translation_streams(scripted_server: Server, translation: str) -> None:
@@ -92,7 +92,7 @@ async def test_segments_are_translated_at_once(scripted_server: Server) -> None:
         running.append(health["running"])
         await asyncio.sleep(0.02)
     await answer
-    assert 4 < max(running) <= AHEAD
+    assert 4 < max(running) <= AT_ONCE
 
 
 @pytest.mark.parametrize("chain", ["translate", "translate/document"])

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from chains.documents.in_order import Job, in_order
+from chains.documents.in_order import WAITING, Job, in_order
 
 
 class Yard:
@@ -35,45 +35,78 @@ class Yard:
 
 
 async def test_pieces_come_in_the_order_of_their_jobs() -> None:
-    pieces = [piece async for piece in in_order(Yard().jobs(20), ahead=4)]
+    pieces = [piece async for piece in in_order(Yard().jobs(20), at_once=4)]
     assert "".join(pieces) == "".join(f"{index}a {index}b " for index in range(20))
 
 
 async def test_no_jobs_give_no_pieces() -> None:
     jobs: Iterator[Job[str]] = iter(())
-    assert [piece async for piece in in_order(jobs, ahead=4)] == []
+    assert [piece async for piece in in_order(jobs, at_once=4)] == []
 
 
 async def test_a_piece_of_the_first_goes_out_before_its_job_is_done() -> None:
     yard = Yard()
     yard.gates[0] = asyncio.Event()
-    async with aclosing(in_order(yard.jobs(3), ahead=2)) as pieces:
+    async with aclosing(in_order(yard.jobs(3), at_once=2)) as pieces:
         assert await anext(pieces) == "0a "
         assert 0 in yard.running
+
+
+async def settle() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0.002)
+
+
+async def test_all_places_stay_busy_behind_a_slow_one() -> None:
+    yard = Yard()
+    yard.gates = {index: asyncio.Event() for index in (0, 3, 4)}
+    async with aclosing(in_order(yard.jobs(20), at_once=3)) as pieces:
+        await anext(pieces)
+        await settle()
+        assert yard.running == {0, 3, 4}
+        assert yard.started == [0, 1, 2, 3, 4]
+        for gate in yard.gates.values():
+            gate.set()
+        assert "".join([piece async for piece in pieces]).startswith("0b 1a 1b 2a")
 
 
 async def test_no_more_run_ahead_than_may_even_if_they_are_done() -> None:
     yard = Yard()
     yard.gates[0] = asyncio.Event()
-    async with aclosing(in_order(yard.jobs(20), ahead=5)) as pieces:
+    async with aclosing(in_order(yard.jobs(20), at_once=2)) as pieces:
         await anext(pieces)
-        for _ in range(50):
-            await asyncio.sleep(0.002)
-        assert yard.started == [0, 1, 2, 3, 4], "four wait for the first, and no other has begun"
+        await settle()
+        may = 2 * (1 + WAITING)
+        assert yard.started == list(range(may)), "all others wait for the first, and no other has begun"
+        assert yard.running == {0}
         yard.gates[0].set()
         assert len([piece async for piece in pieces]) == 39
 
 
+async def test_a_failure_to_find_the_next_one_is_told_after_those_before_it() -> None:
+    def jobs() -> Iterator[Job[str]]:
+        yield from Yard().jobs(2)
+        raise LookupError("no more")
+
+    pieces = in_order(jobs(), at_once=6)
+    assert [await anext(pieces) for _ in range(4)] == ["0a ", "0b ", "1a ", "1b "]
+    with pytest.raises(LookupError, match="no more"):
+        await anext(pieces)
+
+
 async def test_each_is_told_when_it_is_its_turn() -> None:
-    told: dict[int, list[bool]] = {}
+    turns: list[asyncio.Event] = []
 
-    async def job(index: int, its_turn: asyncio.Event) -> AsyncGenerator[int]:
-        told[index] = [its_turn.is_set()]
+    async def job(its_turn: asyncio.Event) -> AsyncGenerator[int]:
+        turns.append(its_turn)
         await its_turn.wait()
-        yield index
+        yield len([turn for turn in turns if turn.is_set()])
 
-    assert [piece async for piece in in_order((partial(job, index) for index in range(3)), ahead=3)] == [0, 1, 2]
-    assert told == {0: [True], 1: [False], 2: [False]}
+    async with aclosing(in_order(iter([job] * 3), at_once=3)) as pieces:
+        for taken in (1, 2, 3):
+            assert await anext(pieces) == taken
+            await settle()
+            assert [turn.is_set() for turn in turns] == [True] * taken + [False] * (3 - taken)
 
 
 async def test_when_one_fails_the_others_end() -> None:
@@ -88,7 +121,7 @@ async def test_when_one_fails_the_others_end() -> None:
         yield failing
         yield from yard.jobs(8)
 
-    pieces = in_order(jobs(), ahead=6)
+    pieces = in_order(jobs(), at_once=6)
     assert await anext(pieces) == "so far"
     with pytest.raises(LookupError, match="no more"):
         await anext(pieces)
@@ -98,8 +131,9 @@ async def test_when_one_fails_the_others_end() -> None:
 async def test_closing_it_ends_all() -> None:
     yard = Yard()
     yard.gates = {index: asyncio.Event() for index in range(8)}
-    async with aclosing(in_order(yard.jobs(8), ahead=6)) as pieces:
+    async with aclosing(in_order(yard.jobs(8), at_once=6)) as pieces:
         await anext(pieces)
+        await settle()
         assert len(yard.running) == 6
     assert yard.running == set()
 
@@ -109,7 +143,7 @@ async def test_cancelling_who_reads_it_ends_all() -> None:
     yard.gates = {index: asyncio.Event() for index in range(8)}
 
     async def read() -> None:
-        async with aclosing(in_order(yard.jobs(8), ahead=6)) as pieces:
+        async with aclosing(in_order(yard.jobs(8), at_once=6)) as pieces:
             async for _ in pieces:
                 pass
 
