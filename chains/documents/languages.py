@@ -249,13 +249,19 @@ def detect(text: str) -> Language | None:
 
     Never certain: short texts, mixed ones, code, and languages that lingua does not know or that have a twin.
     """
-    return _detect(text, MIN_LETTER_BYTES)
+    return _detect_sample(_sample(text))
+
+
+@lru_cache(maxsize=64)
+def _detect_sample(sample: str) -> Language | None:
+    """Each text is asked about twice: by who counts what a model is shown, and by who translates it."""
+    return _detect(sample, MIN_LETTER_BYTES)
 
 
 def is_written_in(text: str, language: Language) -> bool | None:
     """Whether a text is in a language, whatever the territory; None unless that is certain."""
     asked = _parsed(language.tag)
-    if asked.language not in _knowable() or (found := _detect(text, LONG_LETTER_BYTES)) is None:
+    if asked.language not in _knowable() or (found := _detect(_sample(text), LONG_LETTER_BYTES)) is None:
         return None
     have = _parsed(found.tag)
     if _is_one_language(have, asked):
@@ -264,8 +270,8 @@ def is_written_in(text: str, language: Language) -> bool | None:
     return None if is_close else False
 
 
-def _detect(text: str, min_letter_bytes: int) -> Language | None:
-    prose = _NO_PROSE.sub(" ", _sample(text))
+def _detect(sample: str, min_letter_bytes: int) -> Language | None:
+    prose = _NO_PROSE.sub(" ", sample)
     prose = "".join(c if c.isprintable() else " " for c in prose)  # CLD2 refuses control characters
     if len("".join(filter(str.isalpha, prose)).encode()) < min_letter_bytes:
         return None

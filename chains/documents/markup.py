@@ -97,7 +97,9 @@ def parts(text: str) -> Iterator[Part]:
     targets, comments, HTML tags, markers of lists, quotes and tables, and whatever has no letter outside of these.
     Indented blocks are code only in a text that looks like Markdown: plain books indent their paragraphs.
     """
-    is_markdown = bool(_MARKDOWN.search(text, 0, _LOOK) or _DEFINITION.search(text, 0, _LOOK))
+    is_markdown = _has_marks(text[:_LOOK]) and bool(
+        _MARKDOWN.search(text, 0, _LOOK) or _DEFINITION.search(text, 0, _LOOK)
+    )
     definitions = _DEFINITION.finditer(text) if is_markdown else ()
     labels = frozenset(normal_label(found[1]) for found in definitions)
     for block in blocks(text):
@@ -105,6 +107,11 @@ def parts(text: str) -> Iterator[Part]:
             yield Part(block.text, is_fixed=True)
         else:
             yield from _with_gaps(block.text, _leaves(block.text, is_markdown), labels)
+
+
+def _has_marks(text: str) -> bool:
+    """Whether any character without which there is no Markdown is there: quickly, as most texts are plain."""
+    return any(mark in text for mark in ("`", "~~~", "#", "---", "]:", "]("))
 
 
 def finer(text: str) -> list[Part]:
