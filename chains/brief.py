@@ -1,11 +1,12 @@
 """Summarize and translate in one go: the two chains, put together with `|`."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
-from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableLambda
 from pydantic import ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
@@ -41,21 +42,21 @@ def _of_summary(value: dict[str, Any]) -> dict[str, Any]:
     return {name: value[name] for name in SummarizeInput.model_fields if value.get(name) is not None}
 
 
-def _delivery(value: dict[str, Any]) -> dict[str, Any]:
-    """The input of the translation: the summary, and what was wished for it."""
+def _of_translation(value: dict[str, Any], summary: str) -> dict[str, Any]:
     wished = {name: value[name] for name in Delivery.model_fields if value.get(name) is not None}
-    return {**wished, "text": value["summary"], "source_language": value.get("language")}
+    return {**wished, "text": summary, "source_language": value.get("language")}
 
 
 def build(model: BaseChatModel) -> Chain:
     """Build the chain over a model."""
     summarizing, translating = summarize.build(model), translate.build(model)
-    summary = RunnableLambda(_of_summary) | summarizing.runnable
-    runnable: Runnable[Any, Any] = (
-        RunnablePassthrough.assign(summary=summary) | RunnableLambda(_delivery) | translating.runnable
-    )
+    summarizer, translator = summarizing.runnable, translating.runnable
+
+    def deliver(value: dict[str, Any]) -> Runnable[Any, Any]:  # no `assign`: what it runs goes on when it is cancelled
+        return RunnableLambda(_of_summary) | summarizer | RunnableLambda(partial(_of_translation, value)) | translator
 
     def messages(value: dict[str, Any], configurable: Mapping[str, Any]) -> list[BaseMessage]:
+        translating.messages(_of_translation(value, "A summary."), configurable)
         return summarizing.messages(_of_summary(value), configurable)
 
     def num_tokens(value: dict[str, Any], limit: int) -> int:
@@ -65,7 +66,7 @@ def build(model: BaseChatModel) -> Chain:
     return Chain(
         name="brief",
         description="Summarize a text, a file or several documents in another language.",
-        runnable=runnable.with_types(input_type=BriefInput, output_type=str),
+        runnable=RunnableLambda(deliver, name="brief").with_types(input_type=BriefInput, output_type=str),
         input_type=BriefInput,
         messages=messages,
         options=summarizing.options,

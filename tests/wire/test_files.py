@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import httpx
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.files.making import (
@@ -94,7 +94,7 @@ def test_a_hostile_file_is_refused_on_every_endpoint_and_others_are_answered(
 
     with ThreadPoolExecutor() as pool:
         refused = [pool.submit(refuse, endpoint) for endpoint in ENDPOINTS]
-        waits = []
+        waits: list[float] = []
         while not waits or not all(each.done() for each in refused):
             began = time.monotonic()
             assert ask(scripted_server, "chat/invoke", CHAT).json()["output"]["content"] == "Hi!"

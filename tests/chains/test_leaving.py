@@ -1,0 +1,69 @@
+"""Who leaves a long document leaves nothing behind: the engine's slots are free within one step."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+
+from chains import brief, summarize, translate
+from chains.chain import Chain
+from chains.translate import AT_ONCE
+from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
+from llm.scripted_engine import ScriptRunner
+
+STEP_S = 0.2
+LONG = "\n\n".join(f"Paragraph {number} tells of the sea. " * 20 for number in range(100))
+
+
+@pytest.fixture
+def engine() -> Iterator[ScriptedEngine]:
+    engine = ScriptedEngine("Das Meer ist weit. " * 50, token_delay_s=STEP_S, max_slots=64)
+    engine.wait_until_ready()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many were in each step."""
+    steps: list[int] = []
+    decode = ScriptRunner.decode
+
+    def counted(runner: ScriptRunner, sequences: list[Any]) -> list[Any]:
+        steps.append(len(sequences))
+        return decode(runner, sequences)
+
+    monkeypatch.setattr(ScriptRunner, "decode", counted)
+    return steps
+
+
+@pytest.mark.parametrize("build", [translate.build, translate.build_document, summarize.build, brief.build])
+async def test_who_leaves_frees_all_slots_within_one_step(
+    engine: ScriptedEngine, steps: list[int], build: Callable[[BaseChatModel], Chain]
+) -> None:
+    chain = build(ChatLLaMA3(llm=LLaMA3_LLM(engine=engine)))
+    asked = {"text": LONG} if build is summarize.build else {"text": LONG, "target_language": "German"}
+
+    async def read() -> None:
+        async with aclosing(chain.runnable.astream(asked)) as pieces:  # type: ignore[type-var]
+            async for _ in pieces:
+                pass
+
+    reader = asyncio.create_task(read())
+    async with asyncio.timeout(60):
+        while not steps or steps[-1] < AT_ONCE:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    before = len(steps)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    async with asyncio.timeout(60):
+        while engine.health().running:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert len(steps) <= before + 1
+    await asyncio.sleep(3 * STEP_S)
+    assert len(steps) <= before + 1, "nothing else was begun"
+    assert engine.health().waiting == 0
