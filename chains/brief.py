@@ -53,7 +53,10 @@ def build(model: BaseChatModel) -> Chain:
     summarizer, translator = summarizing.runnable, translating.runnable
 
     def deliver(value: dict[str, Any]) -> Runnable[Any, Any]:  # no `assign`: what it runs goes on when it is cancelled
-        return RunnableLambda(_of_summary) | summarizer | RunnableLambda(partial(_of_translation, value)) | translator
+        translation = RunnableLambda(partial(_of_translation, value)) | translator
+        # An empty summary was told, and is delivered as it is.
+        if_any = RunnableLambda(lambda summary: translation if summary.strip() else summary, name="deliver")
+        return RunnableLambda(_of_summary) | summarizer | if_any
 
     def messages(value: dict[str, Any], configurable: Mapping[str, Any]) -> list[BaseMessage]:
         translating.messages(_of_translation(value, "A summary."), configurable)

@@ -1,6 +1,7 @@
 """The hosted chains as LangChain Runnables, over models of others and over ours, without a server."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Huma
 from langchain_core.prompts import ChatPromptTemplate
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from chains import CHAINS, Chain, build_chains, chat, summarize, translate
+from chains import CHAINS, Chain, brief, build_chains, chat, summarize, translate
+from chains.errors import InputError
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
+from tests.chains.marking import MarkingModel
 
 INPUTS: dict[str, dict[str, Any]] = {
     "chat": {"messages": [SystemMessage("Be brief."), HumanMessage("Hi!")]},
@@ -203,6 +206,23 @@ async def test_summaries_can_be_translated(model: ChatLLaMA3) -> None:
     assert await composed.ainvoke(INPUTS["summarize"]) == answer
     assert "".join(composed.stream(INPUTS["summarize"])) == answer
     assert "".join([chunk async for chunk in composed.astream(INPUTS["summarize"])]) == answer
+
+
+BRIEF = {"text": "It rained all day.", "target_language": "German"}
+
+
+def test_a_brief_whose_summary_is_empty_is_empty() -> None:
+    silent = MarkingModel(answer=lambda _: "")
+    assert brief.build(silent).runnable.invoke(BRIEF) == ""
+
+
+def test_a_brief_with_too_large_a_glossary_for_the_context_is_refused_before_the_summary() -> None:
+    engine = ScriptedEngine(context=2048)
+    engine.wait_until_ready()
+    chain = brief.build(ChatLLaMA3(llm=LLaMA3_LLM(engine=engine)))
+    with closing(engine), pytest.raises(InputError, match="no room for this glossary") as caught:
+        chain.messages({**BRIEF, "glossary": {f"term {n}": "x" * 90 for n in range(100)}}, {})
+    assert caught.value.field == "glossary"
 
 
 async def test_many_at_once_are_answered_in_order(model: ChatLLaMA3) -> None:
