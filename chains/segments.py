@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 from chains.documents.cutting import cut
 from chains.documents.inline import has_words
@@ -19,11 +20,14 @@ class Segment:
 
     index: int
     head: str
-    """White space, marks, code: comes out as it is."""
+    """White space, marks, code: what stays."""
+    lead: str
+    """What comes out for it: the same, but after words of a list or quote that had to be cut."""
     words: str
     """What is to be translated; no white space around it."""
     written: str
-    """How that stands in the text: the same, but for line ends and marks where it is wrapped in a list or quote."""
+    """How that stands in the text: the same, but for line ends and marks where it is wrapped in a list or quote. Where
+    such words had to be cut, this is all of them for the first piece, and nothing for the others."""
     is_line: bool = False
     """What stands for the words must be one line."""
     end: int
@@ -60,33 +64,58 @@ def segments(text: str, *, budget: int, count: Count) -> Iterator[Segment]:
 def _alone(text: str, *, budget: int, count: Count) -> Iterator[Segment]:
     """The segments, without what is around them."""
     index = end = 0
-    head = ""
+    head = lead = ""
     for part in parts(text):
-        if part.is_fixed:
-            head += part.text
-            continue
-        for before, words, written, after in _pieces(part, budget=budget, count=count):
-            head += before
-            if not has_words(words):
-                head += written + after
+        pieces = [] if part.is_fixed else [*_Piece.of(part, budget=budget, count=count)]
+        if not pieces:
+            head, lead = head + part.text, lead + part.text
+        for piece in pieces:
+            head, lead = head + piece.head, lead + piece.lead
+            if piece.words:
+                end += len(head) + len(piece.written)
+                yield Segment(
+                    index=index,
+                    head=head,
+                    lead=lead,
+                    words=piece.words,
+                    written=piece.written,
+                    is_line=part.is_line,
+                    end=end,
+                )
+                index += 1
+                head = lead = ""
+    if head or lead:
+        yield Segment(index=index, head=head, lead=lead, words="", written="", end=end + len(head))
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Words that fit, and what stands before them; the last of a part may have no words."""
+
+    head: str
+    lead: str
+    words: str = ""
+    written: str = ""
+
+    @classmethod
+    def of(cls, part: Part, *, budget: int, count: Count) -> Iterator[Self]:
+        """Cut a part; there are none of a part without words."""
+        is_shown_otherwise = part.shown is not None
+        before, has_any = "", False
+        for piece in cut(part.words, budget=budget, count=count):
+            if not has_words(piece):
+                before += piece
                 continue
-            end += len(head) + len(written)
-            yield Segment(index=index, head=head, words=words, written=written, is_line=part.is_line, end=end)
-            index += 1
-            head = after
-    if head:
-        yield Segment(index=index, head=head, words="", written="", end=end + len(head))
-
-
-def _pieces(part: Part, *, budget: int, count: Count) -> Iterator[tuple[str, str, str, str]]:
-    """Words that fit, how they stand in the text, and the white space before and after them."""
-    for index, piece in enumerate(cut(part.words, budget=budget, count=count)):
-        words = piece.strip()
-        before, _, after = piece.partition(words)
-        if part.shown is None:
-            yield before, words, words, after
-        else:  # not even its line ends are as they stand in the text: the first piece stands for all of it
-            yield "", words, "" if index else part.text, ""
+            words = piece.strip()
+            start, _, end = piece.partition(words)
+            before += start
+            if is_shown_otherwise:  # not even its line ends are as they stand in the text
+                yield cls("", before, words, "" if has_any else part.text)
+            else:
+                yield cls(before, before, words, words)
+            before, has_any = end, True
+        if has_any and before:
+            yield cls("" if is_shown_otherwise else before, before)
 
 
 def _cropped(text: str, count: Count, *, is_end: bool = False) -> str:

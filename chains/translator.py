@@ -201,8 +201,8 @@ class Translator:
         What has gone out cannot be taken back. So what has something in it that must stay is held until it was looked
         at, and so is what begins as its source does.
         """
-        if segment.head:
-            yield segment.head
+        if segment.lead:
+            yield segment.lead
         if not segment.words:
             yield self._report(segment, Attempt(""), "kept")
             return
@@ -304,7 +304,7 @@ class Translator:
         return SegmentReport(
             index=segment.index,
             source=segment.source,
-            target=segment.head + attempt.text,
+            target=segment.lead + attempt.text,
             status=status,
             problems=attempt.problems,
             finish_reason=attempt.finish_reason,

@@ -1,6 +1,7 @@
 """Translations of texts of any length: nothing is lost, nothing changes that must stay, and what went wrong is told."""
 
 import asyncio
+import codecs
 import re
 from collections import Counter
 from contextlib import aclosing
@@ -14,6 +15,8 @@ from markdown_it import MarkdownIt
 
 from chains import translate
 from chains.documents.in_order import WAITING
+from chains.documents.inline import has_words
+from chains.documents.markup import parts
 from chains.segments import CONTEXT_TOKENS, segments
 from chains.translate import AT_ONCE
 from chains.translator import SEGMENT_TOKENS
@@ -32,6 +35,11 @@ def german(text: str) -> str:
 
 def counted(text: str) -> int:
     return -(-len(text) // 4)
+
+
+def cipher(text: str) -> str:
+    """A translation that can be read back."""
+    return codecs.encode(text, "rot13")
 
 
 async def document(model: MarkingModel, text: str, **asked: Any) -> dict[str, Any]:
@@ -70,6 +78,33 @@ def test_segments_are_the_text_and_fit(text: str, budget: int) -> None:
         assert segment.words == segment.words.strip()
         assert max(counted(segment.before), counted(segment.after)) <= CONTEXT_TOKENS
     assert all(segment.words for segment in cut[:-1])
+
+
+WRAPPED = st.lists(
+    st.text(st.sampled_from("abz. 1239é\u4e2d\n"), min_size=1, max_size=300).map(
+        lambda lines: "\n".join(f"> {line}" for line in lines.split("\n"))
+    ),
+    min_size=1,
+).map("\n\n".join)
+"""Quotes over several lines."""
+
+
+@given(TEXT | WRAPPED, st.sampled_from([16, 40, 300]))
+def test_all_of_a_text_comes_out_once(text: str, budget: int) -> None:
+    """What goes out around the words, and the words, are all that there is to read, with the space between them."""
+    shown = "".join(part.words if has_words(part.words) and not part.is_fixed else part.text for part in parts(text))
+    assert "".join(each.lead + each.words for each in segments(text, budget=budget, count=counted)) == shown
+
+
+@pytest.mark.parametrize("numbers", ["first", "last", "alone"])
+async def test_a_quote_that_has_to_be_cut_loses_nothing_and_doubles_nothing(numbers: str) -> None:
+    many = "\n".join(f"> {number} {number + 1} {number + 2}" for number in range(1000, 2000, 3))
+    says = "\n".join(f"> This is sentence {name} of a quote, which goes on." for name in ("one", "two", "three") * 9)
+    text = {"first": f"{many}\n{says}", "last": f"{says}\n{many}", "alone": says}[numbers]
+    result = await document(MarkingModel(answer=cipher), text)
+    unquoted = " ".join(text.replace("> ", "").split())
+    assert " ".join(result["text"].replace("> ", "").split()) == cipher(unquoted)
+    assert "".join(segment["source"] for segment in result["segments"]) == text
 
 
 def test_what_stands_around_a_segment_is_its_context() -> None:
