@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
-from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda
 from pydantic import ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
@@ -47,10 +47,16 @@ def _of_translation(value: dict[str, Any], summary: str) -> dict[str, Any]:
     return {**wished, "text": summary, "source_language": value.get("language")}
 
 
+def _of_any_length(_: RunnableConfig) -> RunnableConfig:
+    """The summary's length is not that of each segment of its translation."""
+    return {"configurable": {"max_tokens": None, "stop": None}}
+
+
 def build(model: BaseChatModel) -> Chain:
     """Build the chain over a model."""
     summarizing, translating = summarize.build(model), translate.build(model)
-    summarizer, translator = summarizing.runnable, translating.runnable
+    summarizer = summarizing.runnable
+    translator: Runnable[Any, Any] = RunnableBinding(bound=translating.runnable, config_factories=[_of_any_length])
 
     def deliver(value: dict[str, Any]) -> Runnable[Any, Any]:  # no `assign`: what it runs goes on when it is cancelled
         translation = RunnableLambda(partial(_of_translation, value)) | translator

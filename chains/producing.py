@@ -1,12 +1,16 @@
 """Runnables made of one async generator. Knows no chain."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from typing import Any, Generic, Protocol, TypeVar
+from functools import reduce
+from itertools import chain
+from operator import add
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from anyio.from_thread import start_blocking_portal
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.runnables import ConfigurableFieldSpec, RunnableConfig, RunnableGenerator
+from langchain_core.runnables.utils import AddableDict
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -40,8 +44,9 @@ class Producer(RunnableGenerator[Any, T], Generic[T]):
 
         def whole(value: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> T:
             with closing(iterate(lambda: self._produce(value, config, is_streamed=False))) as pieces:
-                return added(list(pieces))
+                return cast(T, added([*pieces]))
 
+        self._refuse(kwargs)
         return self._call_with_config(whole, input, config)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> T:  # noqa: A002
@@ -49,9 +54,14 @@ class Producer(RunnableGenerator[Any, T], Generic[T]):
 
         async def whole(value: Any, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig) -> T:
             async with aclosing(self._produce(value, config, is_streamed=False)) as pieces:
-                return added([piece async for piece in pieces])
+                return cast(T, added([piece async for piece in pieces]))
 
+        self._refuse(kwargs)
         return await self._acall_with_config(whole, input, config)
+
+    def _refuse(self, kwargs: Mapping[str, Any]) -> None:
+        if kwargs:
+            raise TypeError(f"{self.name} takes an input and a config, and no {', '.join(kwargs)}")
 
     def _pieces(self, inputs: Iterator[Any], config: RunnableConfig) -> Iterator[T]:
         value = added(list(inputs))
@@ -65,16 +75,22 @@ class Producer(RunnableGenerator[Any, T], Generic[T]):
                 yield piece
 
 
-def added(pieces: Sequence[T]) -> T:
-    """What comes out if pieces are added up. Raises ValueError if there is none."""
-    if not pieces:
-        raise ValueError("nothing came in or out")
-    if isinstance(pieces[0], str):
-        return "".join(pieces)  # type: ignore[arg-type, return-value]
-    whole: Any = pieces[0]
-    for piece in pieces[1:]:
-        whole = whole + piece
-    return whole  # type: ignore[no-any-return]
+def added(pieces: Sequence[Any]) -> Any:
+    """What comes out if pieces are added up: texts, lists, dicts of them. Raises ValueError if there is none."""
+    match pieces:
+        case []:
+            raise ValueError("nothing came in or out")
+        case [only]:
+            return only
+        case [str(), *_]:
+            return "".join(pieces)
+        case [list(), *_]:
+            return [*chain.from_iterable(pieces)]
+        case [dict(), *_]:  # added up one by one, each would copy all before it
+            keys = dict.fromkeys(key for piece in pieces for key in piece)
+            return AddableDict({key: added([piece[key] for piece in pieces if key in piece]) for key in keys})
+        case _:
+            return reduce(add, pieces)
 
 
 NO_MORE = object()

@@ -4,7 +4,7 @@ together, as often as it takes. Knows its model by its count of tokens."""
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -97,7 +97,9 @@ class Told:
     """What there is to tell of a summary besides its text."""
 
     num_parts: int = 1
-    problems: tuple[str, ...] = ()
+    num_cut_off: int = 0
+    """Summaries of parts that ended by their greatest length."""
+    problems: list[str] = field(default_factory=list)
     finish_reason: str | None = None
     usage: UsageMetadata | None = None
 
@@ -169,7 +171,8 @@ class Summarizer:
         if min(room, budget) < MIN_ROOM:
             raise InputError("text", f"the context of {context} tokens has no room for a text besides what is asked")
         note_tokens = min(most, room // 4, budget // 4)
-        parts = await asyncio.to_thread(cut, text, budget=budget, count=self._measure.count)
+        cut_up = await asyncio.to_thread(cut, text, budget=budget, count=self._measure.count)
+        parts = [part for part in cut_up if part.strip()]
         self.told.num_parts = len(parts)
         stage, order = "map", PART
         while True:
@@ -201,19 +204,21 @@ class Summarizer:
 
     async def _note(self, order: str, part: str, name: str, note_tokens: int) -> str:
         """The summary of a part; where the model has none, how the part begins: no part is missing."""
-        options = {**self._options, "max_tokens": note_tokens, "stop": None}
-        for run_name in (name, f"{name}, again"):
-            message = await self._model.ainvoke(
-                self._wish.note(order, part), patch_config(self._config, run_name=run_name), **options
-            )
-            self.told.usage = add_usage(self.told.usage, message.usage_metadata)
-            if written := message.text.strip():
-                first, *more = cut(written, budget=2 * note_tokens, count=self._measure.count)
-                if more:
-                    self._problem(f"the summary of {name} is too long: its end is left out")
-                return first
-        self._problem(f"{name} has no summary: its beginning stands for it")
-        return cut(part.strip(), budget=note_tokens, count=self._measure.count)[0]
+        message = await self._model.ainvoke(
+            self._wish.note(order, part),
+            patch_config(self._config, run_name=name),
+            **{**self._options, "max_tokens": note_tokens, "stop": None},
+        )
+        self.told.usage = add_usage(self.told.usage, message.usage_metadata)
+        self.told.num_cut_off += message.response_metadata.get("finish_reason") == "length"
+        written = message.text.strip()
+        if not written:
+            self.told.problems.append(f"{name} has no summary: its beginning stands for it")
+            return cut(part.strip(), budget=note_tokens, count=self._measure.count)[0]
+        first, *more = cut(written, budget=2 * note_tokens, count=self._measure.count)
+        if more:
+            self.told.problems.append(f"the summary of {name} is too long: its end is left out")
+        return first
 
     def _grouped(self, notes: Sequence[str], budget: int) -> list[str]:
         """Put neighbours together, at least two, as many as fit."""
@@ -235,23 +240,24 @@ class Summarizer:
     async def _tell(self, written: str) -> None:
         words, most = len(written.split()), self._wish.max_words
         if most and words > most:
-            self._problem(f"{words} words where at most {most} were asked for")
+            self.told.problems.append(f"{words} words where at most {most} were asked for")
+        if self.told.num_cut_off:
+            self.told.problems.append(
+                f"{self.told.num_cut_off} summaries of parts were cut off at their greatest length"
+            )
         if self.told.finish_reason == "length":
-            self._problem("the summary was cut off at its greatest length")
+            self.told.problems.append("the summary was cut off at its greatest length")
         if not words:
-            self._problem("the summary is empty")
+            self.told.problems.append("the summary is empty")
         told = {
             "num_words": words,
             "max_words": most,
             "num_parts": self.told.num_parts,
             "finish_reason": self.told.finish_reason,
             "usage": self.told.usage,
-            "problems": list(self.told.problems),
+            "problems": self.told.problems,
         }
         await adispatch_custom_event("summary", told, config=self._config)
-
-    def _problem(self, what: str) -> None:
-        self.told.problems += (what,)
 
 
 SEPARATOR_TOKENS = 2

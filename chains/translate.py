@@ -111,7 +111,8 @@ class Translation:
         """What the model is shown first. Raises InputError where its context is too small for anything."""
         asked = TranslateInput.model_validate(value)
         wish = _wish(asked)
-        first = next(segments(asked.text, budget=self._budget(wish), count=self._measure.count))
+        budget = self._budget(wish, self.options(configurable))
+        first = next(segments(asked.text, budget=budget, count=self._measure.count))
         return wish.messages(first.words, after=first.after)
 
     def num_tokens(self, value: dict[str, Any], limit: int) -> int:
@@ -130,29 +131,34 @@ class Translation:
             await adispatch_custom_event("segment", kept.model_dump(), config=config)
             yield kept
             return
+        options = self.options(config.get("configurable", {}))
+        budget = await asyncio.to_thread(self._budget, wish, options)
         translator = Translator(
             self._model,
             wish,
-            self.options(config.get("configurable", {})),
+            options,
             config,
             measure=self._measure,
             total=len(asked.text),
             is_streamed=is_streamed,
         )
-        budget = await asyncio.to_thread(self._budget, wish)
-        cut = segments(asked.text, budget=budget, count=self._measure.count)
-        jobs = (partial(translator.translate, segment) for segment in cut)
+        jobs = (
+            partial(translator.translate, segment)
+            for segment in segments(asked.text, budget=budget, count=self._measure.count)
+        )
         async with aclosing(in_order(jobs, at_once=config.get("max_concurrency") or AT_ONCE)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, SegmentReport):
                     await adispatch_custom_event("segment", piece.model_dump(), config=config)
                 yield piece
 
-    def _budget(self, wish: Wish) -> int:
-        tokens = segment_tokens(wish, self._measure)
+    def _budget(self, wish: Wish, options: Mapping[str, Any]) -> int:
+        max_tokens = options.get("max_tokens")
+        tokens = segment_tokens(wish, self._measure, max_tokens=max_tokens)
         if tokens < MIN_BUDGET:
-            context = self._measure.context
-            raise InputError("glossary", f"the model's context of {context} tokens has no room for this glossary")
+            besides = f"answers of {max_tokens} tokens" if max_tokens else "this glossary"
+            field = "glossary" if wish.glossary and not max_tokens else "text"
+            raise InputError(field, f"the context of {self._measure.context} tokens has no room for {besides}")
         return tokens
 
 

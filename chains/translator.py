@@ -25,9 +25,11 @@ from chains.texts import instructions
 SEGMENT_TOKENS = 300
 """Of the words that are translated at once, at most."""
 
-GROWTH = 3
+GROWTH = 4
+GROWTH_BEYOND_LATIN = 9
 """Tokens of a translation for each of its source, at most; twice as many at the second try. What takes more than that
-is no translation, but a model that does not find its end."""
+is no translation, but a model that does not find its end. Scripts of which a tokenizer knows few words take many:
+from English into Thai 5 to 8 times as many, by the tokenizer of SmolLM2."""
 
 EXTRA_TOKENS = 32
 """More, for the shortest."""
@@ -60,6 +62,7 @@ class SegmentReport(BaseModel):
     status: Literal["kept", "translated", "mended", "faulty"]
     """kept: there was nothing to translate; mended: right at the second try; faulty: see `problems`."""
     problems: list[str]
+    """What is wrong with it; terms of the glossary that it does not use are no reason to call it faulty."""
     finish_reason: str | None
     usage: UsageMetadata | None
     """Of all tries."""
@@ -108,16 +111,29 @@ class Wish:
         """The terms of the glossary that stand in a text."""
         return {term: self.glossary[term] for term in self.glossary if _stands_in(term, words)}
 
+    @property
+    def growth(self) -> int:
+        """Tokens of a translation for each of its source, at most."""
+        return GROWTH if self.target.is_latin else GROWTH_BEYOND_LATIN
+
     def overhead(self, measure: Measure) -> int:
         """Tokens of a prompt besides the words, at most."""
         every = " ".join(self.glossary)
         return measure.count_messages(self.messages(every)) + 2 * CONTEXT_TOKENS
 
 
-def segment_tokens(wish: Wish, measure: Measure) -> int:
-    """Tokens of words that fit into the model's context together with all else; less than `MIN_BUDGET` if few do."""
-    room = measure.context - wish.overhead(measure) - EXTRA_TOKENS
-    return min(SEGMENT_TOKENS, room // (1 + 2 * GROWTH))
+def segment_tokens(wish: Wish, measure: Measure, *, max_tokens: int | None) -> int:
+    """Tokens of words that fit into the model's context together with all else; less than `MIN_BUDGET` if few do.
+
+    Args:
+        wish: What is asked for.
+        measure: The model's.
+        max_tokens: Of an answer; None: as many as a translation may take.
+    """
+    room = measure.context - wish.overhead(measure)
+    if max_tokens is not None:
+        return min(SEGMENT_TOKENS, room - max_tokens)
+    return min(SEGMENT_TOKENS, (room - EXTRA_TOKENS) // (1 + 2 * wish.growth))
 
 
 @dataclass(slots=True)
@@ -155,6 +171,12 @@ class Attempt:
         said, words = self.text.casefold(), self.words.casefold()
         return words.startswith(said) or said.startswith(words)
 
+    @property
+    def has_new_marks(self) -> bool:
+        """Whether there is something of Markdown, or of a placeholder, in it that the source does not have."""
+        text, words = self.text, self.words
+        return bool(MARKS.intersection(text) - set(words)) or bool(ITEM.match(text) and not ITEM.match(words))
+
     def take(self) -> str:
         """What has not gone out yet."""
         new = self.text[self.num_out :]
@@ -181,7 +203,7 @@ class Translator:
         Args:
             model: Any chat model.
             wish: What is asked for.
-            options: Call arguments for the model; `max_tokens` are those of a segment.
+            options: Call arguments for the model; `max_tokens` are those of a segment: what is cut off there is told.
             config: Of the run that this is part of.
             measure: The model's.
             total: Characters of the text.
@@ -199,7 +221,7 @@ class Translator:
         """Yield the translation, as it comes once it is its turn, and then what there is to tell of it.
 
         What has gone out cannot be taken back. So what has something in it that must stay is held until it was looked
-        at, and so is what begins as its source does.
+        at, and so is what begins as its source does, and what comes after a mark that the source does not have.
         """
         if segment.lead:
             yield segment.lead
@@ -212,11 +234,12 @@ class Translator:
         async with aclosing(self._ask(segment.words, name, before=segment.before, after=segment.after)) as chunks:
             async for chunk in chunks:
                 attempt.add(chunk)
-                if may_flow and its_turn.is_set() and not attempt.is_copy:
+                if may_flow and its_turn.is_set() and not (attempt.is_copy or attempt.has_new_marks):
                     yield attempt.take()
         attempt.problems = await asyncio.to_thread(self._problems, attempt, is_line=segment.is_line)
         status: Literal["translated", "mended", "faulty"] = "faulty" if attempt.problems else "translated"
-        if attempt.problems and not attempt.num_out:
+        is_short_as_asked = attempt.problems == [TRUNCATED] and "max_tokens" in self._options
+        if attempt.problems and not attempt.num_out and not is_short_as_asked:
             first = attempt
             async with aclosing(self._again(segment, first, name)) as growing:
                 async for attempt in growing:
@@ -243,7 +266,7 @@ class Translator:
                 mended += piece.text
                 continue
             attempt = Attempt(words)
-            async with aclosing(self._ask(words, f"{name}, again {index + 1}", growth=2 * GROWTH)) as chunks:
+            async with aclosing(self._ask(words, f"{name}, again {index + 1}", times=2)) as chunks:
                 async for chunk in chunks:
                     attempt.add(chunk)
             is_line = segment.is_line or (len(pieces) > 1 and "\n" not in words)
@@ -266,9 +289,9 @@ class Translator:
         yield second
 
     def _ask(
-        self, words: str, name: str, *, before: str = "", after: str = "", growth: int = GROWTH
+        self, words: str, name: str, *, before: str = "", after: str = "", times: int = 1
     ) -> AsyncGenerator[AIMessageChunk]:
-        most = {"max_tokens": growth * self._count(words) + EXTRA_TOKENS}
+        most = {"max_tokens": times * self._wish.growth * self._count(words) + EXTRA_TOKENS}
         return self._model.astream(  # type: ignore[return-value]
             self._wish.messages(words, before, after),
             patch_config(self._config, run_name=name),
@@ -279,7 +302,7 @@ class Translator:
         words, text = attempt.words, attempt.text
         if not text:
             return ["the answer was empty"]
-        if attempt.finish_reason == "length" and "max_tokens" not in self._options:
+        if attempt.finish_reason == "length":
             return [TRUNCATED]
         if self._is_untranslated(words, text):
             return [UNTRANSLATED]
@@ -316,6 +339,10 @@ class Translator:
 
 UNTRANSLATED = "it came back untranslated"
 TRUNCATED = "the answer was cut off at its greatest length"
+MARKS = frozenset("`*#|<>[]{}$%\\~=")
+ITEM = re.compile(r"(?:[-+]|\d{1,9}[.)])(?:\s|$)|\d{1,9}$")
+"""What a list's item begins with, or may."""
+
 MANY_WORDS = 4
 LONG = 24
 """Words, and characters, from which on what is equal to its source is no translation of it."""
@@ -326,4 +353,14 @@ def _plain(text: str) -> str:
 
 
 def _stands_in(term: str, words: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(term)}(?!\w)", words, re.IGNORECASE) is not None
+    """Whether a term is there, as a word of its own where its script has capitals: those have spaces, too."""
+    spelled = r"\s+".join(map(re.escape, term.split()))
+    before, after = (
+        (r"(?<!\w)" if _is_cased(term.strip()[0]) else ""),
+        (r"(?!\w)" if _is_cased(term.strip()[-1]) else ""),
+    )
+    return re.search(before + spelled + after, words, re.IGNORECASE) is not None
+
+
+def _is_cased(letter: str) -> bool:
+    return letter.isdigit() or letter.lower() != letter.upper()

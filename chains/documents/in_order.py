@@ -1,7 +1,7 @@
 """Many things done at once, and their pieces handed on in order. Knows no text and no model."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from typing import Generic, TypeVar
 
@@ -35,7 +35,7 @@ class Lane(Generic[T]):
         finally:
             self._pieces.put_nowait(None)
 
-    async def pieces(self) -> AsyncIterator[T]:
+    async def pieces(self) -> AsyncGenerator[T]:
         """Take its pieces as they come. Raises what the job raised."""
         self._its_turn.set()
         while (piece := await self._pieces.get()) is not None:
@@ -60,7 +60,11 @@ async def in_order(jobs: Iterator[Job[T]], *, at_once: int) -> AsyncGenerator[T]
 
     def keep(task: asyncio.Task[None]) -> None:
         tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        task.add_done_callback(forget)
+
+    def forget(task: asyncio.Task[None]) -> None:
+        tasks.discard(task)
+        _ = task.cancelled() or task.exception()  # told to whoever takes its pieces, or to nobody: it is no news then
 
     async def open_lanes() -> None:
         is_first = True
@@ -77,8 +81,9 @@ async def in_order(jobs: Iterator[Job[T]], *, at_once: int) -> AsyncGenerator[T]
     keep(opening)
     try:
         while (lane := await lanes.get()) is not None:
-            async for piece in lane.pieces():
-                yield piece
+            async with aclosing(lane.pieces()) as pieces:
+                async for piece in pieces:
+                    yield piece
             room.release()
         await opening
     finally:

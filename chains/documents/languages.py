@@ -60,6 +60,11 @@ class Language:
         """What it is called in English: `Portuguese (Brazil)`."""
         return str(_parsed(self.tag).display_name())
 
+    @property
+    def is_latin(self) -> bool:
+        """Whether it is written in Latin letters."""
+        return bool(_parsed(self.tag).maximize().script == "Latn")
+
     def __str__(self) -> str:
         return f"{self.name} ({self.tag})"
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from chains import CHAINS, Chain, brief, build_chains, chat, summarize, translate
 from chains.errors import InputError
+from chains.producing import added
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
 from tests.chains.marking import MarkingModel
 
@@ -223,6 +224,38 @@ def test_a_brief_with_too_large_a_glossary_for_the_context_is_refused_before_the
     with closing(engine), pytest.raises(InputError, match="no room for this glossary") as caught:
         chain.messages({**BRIEF, "glossary": {f"term {n}": "x" * 90 for n in range(100)}}, {})
     assert caught.value.field == "glossary"
+
+
+def test_how_long_a_summary_may_be_says_nothing_of_its_translation(engine: ScriptedEngine, model: ChatLLaMA3) -> None:
+    asked = {**BRIEF, "language": "en"}
+    whole = brief.build(model).runnable.invoke(asked)
+    short = brief.build(model).runnable.invoke(asked, {"configurable": {"max_tokens": 20, "stop": ["IT RAINED"]}})
+    assert len(short) < len(whole)
+    summary = summarize.build(model).runnable.invoke(
+        {"text": BRIEF["text"], "language": "en"}, {"configurable": {"max_tokens": 20}}
+    )
+    assert short == summary, "the translator says the same again, and all of it"
+
+
+@pytest.mark.parametrize("name", ["translate", "summarize"])
+async def test_arguments_that_mean_nothing_are_refused(model: ChatLLaMA3, name: str) -> None:
+    chain: Any = named(name, model).runnable
+    with pytest.raises(TypeError, match="takes an input and a config, and no max_words"):
+        chain.invoke(INPUTS[name], max_words=3)
+    with pytest.raises(TypeError, match="no max_words"):
+        await chain.ainvoke(INPUTS[name], max_words=3)
+
+
+def test_pieces_add_up_whatever_they_are() -> None:
+    assert added(["a", "b", ""]) == "ab"
+    assert added([{"text": "a"}, {"segments": [1]}, {"text": "b", "segments": [2, 3]}]) == {
+        "text": "ab",
+        "segments": [1, 2, 3],
+    }
+    assert added([{"text": "a", "file": None}]) == {"text": "a", "file": None}
+    assert added([AIMessageChunk(content="a"), AIMessageChunk(content="b")]).text == "ab"
+    with pytest.raises(ValueError, match="nothing"):
+        added([])
 
 
 async def test_many_at_once_are_answered_in_order(model: ChatLLaMA3) -> None:

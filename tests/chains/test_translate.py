@@ -2,6 +2,7 @@
 
 import asyncio
 import codecs
+import json
 import re
 from collections import Counter
 from contextlib import aclosing
@@ -12,19 +13,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from tokenizers import Tokenizer
 
 from chains import translate
 from chains.documents.in_order import WAITING
 from chains.documents.inline import has_words
+from chains.documents.languages import find_language
 from chains.documents.markup import parts
+from chains.documents.measure import Measure
+from chains.errors import InputError
 from chains.segments import CONTEXT_TOKENS, segments
 from chains.translate import AT_ONCE
-from chains.translator import SEGMENT_TOKENS
+from chains.translator import SEGMENT_TOKENS, Wish
+from llm.loading import prepare
 from tests.chains.marking import Answer, MarkingModel
 
 TEXTS = Path(__file__).parent.parent / "texts"
+FREEDOM: dict[str, str] = json.loads((TEXTS / "human-rights.json").read_text())
 BOOK = (TEXTS / "pride-and-prejudice.txt").read_text()
 MANUAL = (TEXTS / "manual.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """That of the embedded model, which knows few words but English ones."""
+    return Tokenizer.from_file(str(prepare("embedded").directory / "tokenizer.json"))
 
 
 def german(text: str) -> str:
@@ -250,6 +263,34 @@ async def test_a_manual_keeps_its_code_its_placeholders_and_its_structure(answer
         assert Counter(kept.findall(result["text"])) == Counter(kept.findall(MANUAL))
 
 
+@pytest.mark.parametrize("answer", ["# Titel", "- eins", "1. eins", "`Ein` Wort", "{neu} ist es", "<b>Ein</b> Wort"])
+async def test_an_answer_that_begins_with_marks_of_its_own_is_mended_in_a_stream_too(answer: str) -> None:
+    model = MarkingModel(answer=lambda text: answer if text.endswith(".") else "Wort")
+    chain = translate.build(model).runnable
+    asked = {"text": "This is a word.", "target_language": "German", "source_language": "English"}
+    streamed = "".join([piece async for piece in chain.astream(asked)])
+    assert streamed == await chain.ainvoke(asked)
+    assert answer not in streamed
+
+
+@pytest.mark.parametrize("answer", ["12 neue Wörter.", "Das sind 12.", "-5 Grad."])
+async def test_numbers_flow(answer: str) -> None:
+    chain = translate.build(MarkingModel(answer=lambda text: answer)).runnable
+    asked = {"text": "These are words.", "target_language": "German", "source_language": "English"}
+    pieces = [piece async for piece in chain.astream(asked)]
+    assert "".join(pieces) == answer
+    assert len(pieces) > 1
+
+
+async def test_what_comes_after_new_marks_is_told() -> None:
+    chain = translate.build_document(MarkingModel(answer=lambda text: "Ein {neues} Wort.")).runnable
+    asked = {"text": "This is a word.", "target_language": "German", "source_language": "English"}
+    pieces = [piece async for piece in chain.astream(asked)]
+    (segment,) = pieces[-1]["segments"]
+    assert segment["status"] == "faulty"
+    assert "{neues}" in str(segment["problems"])
+
+
 async def test_what_a_model_loses_is_mended_piece_by_piece() -> None:
     def answer(text: str) -> str:
         return {"Press": "Drücke", "and wait for": "und warte auf"}.get(text, "Drücke und warte.")
@@ -323,14 +364,23 @@ async def test_what_has_gone_out_is_told_and_not_said_twice() -> None:
     assert "".join(piece.get("text", "") for piece in pieces) == segment["target"]
 
 
-async def test_a_length_that_was_asked_for_is_no_fault() -> None:
+async def test_a_length_that_was_asked_for_is_told_and_not_tried_again() -> None:
     model = MarkingModel(answer=german)
     chain = translate.build_document(model).runnable
     asked = {"text": "A sentence of some length.", "target_language": "German", "source_language": "English"}
     result = await chain.ainvoke(asked, {"configurable": {"max_tokens": 2}})
     assert result["text"] == "Das ist"
-    assert (result["segments"][0]["status"], result["segments"][0]["finish_reason"]) == ("translated", "length")
+    (segment,) = result["segments"]
+    assert (segment["status"], segment["finish_reason"]) == ("faulty", "length")
+    assert segment["problems"] == ["the answer was cut off at its greatest length"]
     assert len(model.calls) == 1
+
+
+@pytest.mark.parametrize("language", FREEDOM)
+def test_no_language_needs_more_tokens_than_a_translation_may_have(language: str, tokenizer: Tokenizer) -> None:
+    wish = Wish(source=None, target=find_language(language), formality=None, glossary={})
+    source, target = (len(tokenizer.encode(FREEDOM[name]).ids) for name in ("en", language))
+    assert 1.1 * target < wish.growth * source
 
 
 async def test_a_name_may_stay_what_it_is() -> None:
@@ -353,6 +403,24 @@ async def test_terms_are_asked_for_where_they_stand_and_told_where_they_are_miss
     assert wheels["problems"] == ["“wheels” is not “Reifen”"]
     assert "“engine” as “Motor”" in model.calls[0][0].text
     assert "Reifen" not in model.calls[0][0].text
+
+
+@pytest.mark.parametrize(
+    ("term", "text", "is_there"),
+    [
+        ("engine", "An Engine.", True),
+        ("engine", "Engines", False),
+        ("steam engine", "the steam\nengine", True),
+        ("engine ", "the engine runs", True),
+        ("引擎", "这台引擎很热。", True),
+        ("เครื่องยนต์", "นี่คือเครื่องยนต์ของฉัน", True),
+        ("C++", "in C++ and", True),
+        ("a.c", "abc", False),
+    ],
+)
+def test_a_term_is_a_word_of_its_own_where_words_are_written_apart(term: str, text: str, is_there: bool) -> None:
+    wish = Wish(source=None, target=find_language("de"), formality=None, glossary={term: "…"})
+    assert bool(wish.terms_in(text)) is is_there
 
 
 # Languages and limits
@@ -389,6 +457,18 @@ async def test_a_model_with_little_room_gets_small_segments() -> None:
     result = await document(model, pages(1))
     assert max(map(counted, model.shown)) < SEGMENT_TOKENS / 2
     assert len(result["segments"]) > 10
+
+
+async def test_long_answers_leave_less_room_for_segments() -> None:
+    model = MarkingModel(answer=german, context=2048)
+    options: Any = {"configurable": {"max_tokens": 1700}}
+    asked = {"text": f"Hello.\n\n{BOOK[:5000]}", "target_language": "German", "source_language": "English"}
+    await translate.build(model).runnable.ainvoke(asked, options)
+    assert all(Measure(model).count_messages(call) + 1700 <= 2048 for call in model.calls)
+
+    options = {"configurable": {"max_tokens": 2000}}
+    with pytest.raises(InputError, match="context of 2048 tokens has no room for answers of 2000 tokens"):
+        await translate.build(model).runnable.ainvoke(asked, options)
 
 
 async def test_a_glossary_that_fills_the_context_is_refused() -> None:

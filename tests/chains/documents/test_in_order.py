@@ -1,6 +1,7 @@
 """Jobs at once, pieces in order."""
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from functools import partial
@@ -126,6 +127,19 @@ async def test_when_one_fails_the_others_end() -> None:
     with pytest.raises(LookupError, match="no more"):
         await anext(pieces)
     assert yard.running == set()
+
+
+async def test_failures_after_the_first_are_nobody_s_news(caplog: pytest.LogCaptureFixture) -> None:
+    async def failing(its_turn: asyncio.Event) -> AsyncGenerator[str]:
+        raise LookupError("no more")
+        yield ""
+
+    pieces = in_order(iter([failing] * 3), at_once=3)
+    with pytest.raises(LookupError, match="no more"):
+        await anext(pieces)
+    await settle()
+    gc.collect()
+    assert caplog.records == []
 
 
 async def test_closing_it_ends_all() -> None:
