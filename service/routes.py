@@ -9,6 +9,7 @@ from langserve.serialization import WellKnownLCSerializer
 from chains import Chain
 from service.entry.door import Door
 from service.pages.playground import add_playground
+from service.stream_log import LinearLog
 
 TAKEN = ("docs", "health", "metrics", "ready", "static", "static-offline-docs")
 
@@ -37,7 +38,7 @@ def host(app: FastAPI, chain: Chain, door: Door) -> None:
     router = APIRouter()  # given the application itself, LangServe would print a banner over our log
     add_routes(
         router,
-        chain.runnable,
+        chain.runnable if chain.playground == "chat" else LinearLog(bound=chain.runnable),
         path=f"/{chain.name}",
         dependencies=[Depends(door)],
         # `add_playground` has added that. The other is left out of LangServe's own annotation.

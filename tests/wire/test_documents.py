@@ -97,6 +97,21 @@ async def test_segments_are_translated_at_once(scripted_server: Server) -> None:
 
 @pytest.mark.parametrize("chain", ["translate", "translate/document"])
 @pytest.mark.parametrize("endpoint", ["stream", "stream_log", "stream_events"])
+def test_what_is_sent_grows_as_the_text_does(scripted_server: Server, chain: str, endpoint: str) -> None:
+    """LangChain's log of runs would say all of the output again with each piece of it."""
+    short, long = (
+        ask(scripted_server, f"{chain}/{endpoint}", {**ASKED, "text": "\n\n".join(["A cipher here."] * num)})
+        for num in (20, 160)
+    )
+    assert len(long.content) < 10 * len(short.content)
+    if endpoint == "stream_log":
+        operations = [operation for patch in told(long) for operation in patch["ops"]]
+        (final,) = [operation["value"] for operation in operations if operation["path"] == "/final_output"]
+        assert (final if chain == "translate" else final["text"]) == "\n\n".join(["N pvcure urer."] * 160)
+
+
+@pytest.mark.parametrize("chain", ["translate", "translate/document"])
+@pytest.mark.parametrize("endpoint", ["stream", "stream_log", "stream_events"])
 async def test_who_leaves_a_long_translation_frees_everything(
     scripted_server: Server, chain: str, endpoint: str
 ) -> None:
