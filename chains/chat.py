@@ -21,6 +21,7 @@ from pydantic_core import CoreSchema
 
 from chains.chain import Chain
 from chains.conversation import trim_to_fit
+from chains.documents.measure import Measure
 from chains.errors import InputError
 from chains.messages import Message
 from chains.options import WithOptions, optional, with_options
@@ -99,7 +100,7 @@ def fit(model: BaseChatModel, chat_input: Mapping[str, Any], configurable: Mappi
     messages = _instructed(convert_to_messages(chat_input["messages"]), configurable.get("system_prompt") or "")
     kept = messages
     if on_overflow == "trim":
-        kept = trim_to_fit(model, messages, max_tokens=configurable.get("max_tokens"))
+        kept = trim_to_fit(Measure(model), messages, max_tokens=configurable.get("max_tokens"))
     return Fitted(messages=kept, messages_left_out=len(messages) - len(kept))
 
 

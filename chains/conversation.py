@@ -12,12 +12,9 @@ computed of a prompt can go on from there. Nothing is remembered for that: where
 
 from collections.abc import Callable, Sequence
 
-from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
-from langchain_core.messages.utils import count_tokens_approximately
 
-ANSWER_TOKENS = 1024
-"""Kept free for an answer whose `max_tokens` is not given; a quarter of the context, where that is less."""
+from chains.documents.measure import Measure
 
 Count = Callable[[list[BaseMessage]], int]
 """Tokens of a whole prompt: these messages, and what the model's template puts around them."""
@@ -26,27 +23,15 @@ PROBE: tuple[BaseMessage, ...] = (HumanMessage("?"), AIMessage("!"))
 """A turn to measure others by: what is counted more with them than without is theirs."""
 
 
-def trim_to_fit(model: BaseChatModel, messages: Sequence[BaseMessage], *, max_tokens: int | None) -> list[BaseMessage]:
+def trim_to_fit(measure: Measure, messages: Sequence[BaseMessage], *, max_tokens: int | None) -> list[BaseMessage]:
     """Leave out old turns until the rest, and an answer of `max_tokens`, fit the model's context.
 
-    Nothing is known, and nothing left out, of a model whose `profile` does not say how much it can hold. Raises what
-    the model raises when it counts.
+    Nothing is known, and nothing left out, of a model that does not say how much it can hold. Raises what the model
+    raises when it counts.
     """
-    count = model.get_num_tokens_from_messages if _counts_itself(model) else count_tokens_approximately
-    if model.profile is None and _counts_itself(model):
-        count([HumanMessage("?")])  # some have their profile from their first use on
-    context = (model.profile or {}).get("max_input_tokens")
-    if context is None:
+    if (context := measure.known_context) is None:
         return list(messages)
-    max_tokens = max_tokens or getattr(model, "max_tokens", None) or min(ANSWER_TOKENS, context // 4)
-    return trim(messages, context - max_tokens, count)
-
-
-def _counts_itself(model: BaseChatModel) -> bool:
-    # LangChain's own way asks a hub for another model's tokenizer, for over a minute where there is no network.
-    ways = ("get_num_tokens_from_messages", "get_num_tokens", "get_token_ids")
-    has_own = any(getattr(type(model), way) is not getattr(BaseChatModel, way) for way in ways)
-    return has_own or model.custom_get_token_ids is not None
+    return trim(messages, context - measure.answer_tokens(max_tokens), measure.count_messages)
 
 
 def trim(messages: Sequence[BaseMessage], room: int, count: Count) -> list[BaseMessage]:

@@ -33,9 +33,6 @@ NOTE_TOKENS = 256
 
 NOTE_WORDS = 120
 
-ANSWER_TOKENS = 1_024
-"""That are kept free for the final summary, where callers do not say how long it may be."""
-
 MIN_ROOM = 64
 """Tokens of text that have to fit into the context together with all else."""
 
@@ -138,9 +135,8 @@ class Summarizer:
 
     def room(self) -> int:
         """Tokens of text that the model can be shown to write the final summary from."""
-        context = self._measure.context
-        answer = self._options.get("max_tokens") or min(ANSWER_TOKENS, context // 4)
-        return context - answer - self._measure.count_messages(self._wish.final(NOTES, ""))
+        answer = self._measure.answer_tokens(self._options.get("max_tokens"))
+        return self._measure.context - answer - self._measure.count_messages(self._wish.final(NOTES, ""))
 
     async def pieces(self, text: str) -> AsyncGenerator[str]:
         """Yield the summary as it comes."""

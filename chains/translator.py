@@ -15,6 +15,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import patch_config
 from pydantic import BaseModel, ConfigDict
 
+from chains.documents.cutting import MIN_BUDGET as MIN_PIECE
 from chains.documents.cutting import cut
 from chains.documents.languages import Language, is_written_in
 from chains.documents.markup import Part, faults, finer
@@ -35,6 +36,7 @@ EXTRA_TOKENS = 32
 """More, for the shortest."""
 
 MIN_BUDGET = 16
+"""Of the words of a segment: with room for less, nothing can be translated."""
 
 PROMPT = ChatPromptTemplate(
     [
@@ -256,7 +258,7 @@ class Translator:
         """
         pieces = finer(segment.words)
         if len(pieces) == 1:
-            half = max(MIN_BUDGET // 2, self._count(segment.words) * 2 // 3)
+            half = max(MIN_PIECE, self._count(segment.words) * 2 // 3)
             pieces = [Part(piece, is_fixed=False) for piece in cut(segment.words, budget=half, count=self._count)]
         second = Attempt(segment.words, usage=first.usage, finish_reason=first.finish_reason)
         mended, finish_reasons = "", []

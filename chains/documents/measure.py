@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import BaseMessage, HumanMessage
 
 UNKNOWN_CONTEXT = 4096
 """Tokens, for models that do not say."""
+
+ANSWER_TOKENS = 1024
+"""Kept free for an answer whose `max_tokens` is not given; a quarter of the context, where that is less."""
 
 WINDOW = 65_536
 """Characters that are tokenized at once: a tokenizer takes hundreds of bytes of memory for each."""
@@ -18,12 +21,10 @@ class Measure:
     def __init__(self, model: BaseChatModel) -> None:
         self._model = model
         # LangChain's own way to count for a model that has none is GPT-2's tokenizer from the hub.
-        kind = type(model)
-        self._can_count = (
-            kind.get_token_ids is not BaseChatModel.get_token_ids
-            or kind.get_num_tokens is not BaseChatModel.get_num_tokens
-            or model.custom_get_token_ids is not None
-        )
+        own = {way for way in WAYS if getattr(type(model), way) is not getattr(BaseChatModel, way)}
+        has_ids = model.custom_get_token_ids is not None
+        self._can_count = has_ids or bool(own - {"get_num_tokens_from_messages"})
+        self._can_count_messages = has_ids or bool(own)
 
     def count(self, text: str) -> int:
         """Tokens of a text; of a model that cannot say, more than any tokenizer would make of ordinary text."""
@@ -33,7 +34,7 @@ class Measure:
 
     def count_messages(self, messages: Sequence[BaseMessage]) -> int:
         """Tokens of a prompt."""
-        if self._can_count:
+        if self._can_count_messages:
             return self._model.get_num_tokens_from_messages(list(messages))
         return sum(self.count(message.text) + 8 for message in messages)
 
@@ -51,8 +52,21 @@ class Measure:
         return self.count_up_to(text, limit) <= limit
 
     @property
+    def known_context(self) -> int | None:
+        """Tokens of prompt and answer together, or None of a model that does not say."""
+        if self._model.profile is None and self._can_count_messages:
+            self.count_messages([HumanMessage("?")])  # a model of ours has its profile once it was used
+        return (self._model.profile or {}).get("max_input_tokens")
+
+    @property
     def context(self) -> int:
         """Tokens of prompt and answer together."""
-        self.count("")  # a model of ours has its profile once it was used
-        profile = self._model.profile or {}
-        return profile.get("max_input_tokens") or UNKNOWN_CONTEXT
+        return self.known_context or UNKNOWN_CONTEXT
+
+    def answer_tokens(self, max_tokens: int | None) -> int:
+        """What is kept free for an answer: what callers ask for, or the model itself, or what answers mostly take."""
+        own: int | None = getattr(self._model, "max_tokens", None)
+        return max_tokens or own or min(ANSWER_TOKENS, self.context // 4)
+
+
+WAYS = ("get_num_tokens_from_messages", "get_num_tokens", "get_token_ids")

@@ -21,7 +21,8 @@ from langchain_core.messages import (
 from pydantic import TypeAdapter, ValidationError
 
 from chains import Chain, chat
-from chains.conversation import ANSWER_TOKENS, trim
+from chains.conversation import trim
+from chains.documents.measure import ANSWER_TOKENS
 from chains.errors import InputError
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
 from llm.errors import ContextOverflow
