@@ -1,7 +1,8 @@
 """A long text block by block, as far as Markdown lets it be cut without a look at the rest.
 
 A block ends at a blank line before a line that is not indented: no list, quote or table goes on there. Code in fences,
-comments and the like may hold blank lines. Knows lines, not what is in them.
+comments and the like may hold blank lines. A table that is too long goes on in the next block, which has its head.
+Knows lines, not what is in them.
 """
 
 import re
@@ -12,21 +13,30 @@ SOFT_LIMIT = 30_000
 """Characters after which a block ends at the next line that seems to begin something. Bounds the wait for the first."""
 
 HARD_LIMIT = 200_000
-"""Characters after which it ends anyway, be it inside a table."""
+"""Characters after which it ends anyway."""
 
 _LONGEST_LINE = 20_000
 _FRONT_MATTER_LIMIT = 20_000
 
 _LINE = re.compile(rf"[^\r\n]{{0,{_LONGEST_LINE}}}(?:\r\n|\r|\n)?")
 _SENTENCE_END = re.compile(r".*(?:[.!?][\"'”’)]?\s|[。！？])", re.DOTALL)
-_BEGINS = re.compile(r"[^\s|>]")
+_UNDERLINE = re.compile(r"[>\s]*[|:=-][\s|:=-]*\Z")
+"""Of a table's head, or a heading: it belongs to the line before."""
+
+_BEGINS = re.compile(r"[^\s>]")
 _FENCE = re.compile(
     r"(?P<before>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(?:(?P<ticks>`{3,})(?![^\r\n]*`)|(?P<tildes>~{3,}))"
 )
 _RAW = re.compile(r" {0,3}<(?:(?P<tag>script|pre|style|textarea)\b|(?P<other>!--|\?|!\[CDATA\[))", re.IGNORECASE)
 _RAW_ENDS = {"!--": "-->", "?": r"\?>", "![CDATA[": "]]>", "![cdata[": "]]>"}
-_FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*(?:\r\n|\r|\n)(?=\S)")
-_FRONT_MATTER_END = re.compile(r"(?<=[\r\n])(?:---|\.\.\.)[ \t]*(?:\r\n|\r|\n|\Z)")
+_FRONT_MATTER = re.compile(
+    r"""\ufeff? (?: (?P<yaml>---) | \+{3} ) [ \t]{0,99}+ (?: \r\n | \r | \n )
+        (?: \# [^\r\n]{0,500} [\r\n]{1,2} ){0,20}+   # comments, then a key: else it is a slide between rules
+        (?: [\w."'\-]{1,100} [ \t]{0,99} (?(yaml) : (?!\S) | = ) | (?(yaml) (?!) | \[ ) )""",
+    re.VERBOSE,
+)
+_YAML_END = re.compile(r"(?<=[\r\n])(?:---|\.\.\.)[ \t]*(?:\r\n|\r|\n|\Z)")
+_TOML_END = re.compile(r"(?<=[\r\n])\+\+\+[ \t]*(?:\r\n|\r|\n|\Z)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +45,8 @@ class Block:
 
     text: str
     is_fixed: bool = False
+    head: str = ""
+    """That of the table whose rows it begins with: no part of its text, but they are no rows without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +68,39 @@ def blocks(text: str) -> Iterator[Block]:
         yield Block(text[:start], is_fixed=True)
     held: list[str] = []
     size = 0
+    head = table = ""
     opened: _Open | None = None
     is_fixed = was_blank = is_inside_line = False
     for line in lines(text, start):
         if opened and not opened.is_outermost and not line[0].isspace():
             opened = None  # the list ends, and what is open in it
+        if opened or is_inside_line or "|" not in line:
+            table = ""
         is_next = opened is None and was_blank and not line[0].isspace()
-        is_full = size > SOFT_LIMIT and (is_inside_line or bool(_BEGINS.match(line)) or size > HARD_LIMIT)
-        if held and (is_next or is_full):
-            yield Block("".join(held), is_fixed)
-            held, size = [], 0
+        is_underline = not table and not is_inside_line and bool(held and _UNDERLINE.match(line))
+        is_start = is_inside_line or bool(_BEGINS.match(line) and not is_underline)
+        if held and (is_next or (size > SOFT_LIMIT and (is_start or size > HARD_LIMIT))):
+            yield Block("".join(held), is_fixed, head)
+            held, size, head = [], 0, table
             opened = opened if opened and opened.is_outermost else None
             is_fixed = opened is not None
         is_closed = opened is not None and bool(opened.end.search(line))
         if opened is None and not is_inside_line:
             opened = _opened_by(line)
             is_fixed = opened is not None and opened.is_fence and opened.is_outermost and not held
+        if is_underline and not opened and held and "|" in line and "|" in held[-1]:
+            table = held[-1] + line
         held.append(line)
         size += len(line)
         if is_closed:
             opened = None
             if is_fixed:
                 yield Block("".join(held), is_fixed)
-                held, size, is_fixed = [], 0, False
+                held, size, head, is_fixed = [], 0, "", False
         was_blank = not is_inside_line and not line.strip()
         is_inside_line = line[-1] not in "\r\n"
     if held:
-        yield Block("".join(held), is_fixed)
+        yield Block("".join(held), is_fixed, head)
 
 
 def lines(text: str, start: int = 0) -> Iterator[str]:
@@ -96,6 +114,15 @@ def lines(text: str, start: int = 0) -> Iterator[str]:
             line = sentences.group() if sentences else line[: line.rfind(" ") + 1] or line
         yield line
         start += len(line)
+
+
+def is_mostly_gaps(text: str) -> bool:
+    """Whether a table in the text would be mostly cells that nobody has written, as each row gets as many as its head.
+
+    A few kilobytes can make millions of cells so.
+    """
+    num_pipes = [line.count("|") for line in lines(text)] if "|" in text else [0]
+    return max(num_pipes) * len(num_pipes) > 2 * len(text)
 
 
 def _opened_by(line: str) -> _Open | None:
@@ -114,7 +141,8 @@ def _opened_by(line: str) -> _Open | None:
 
 
 def _end_of_front_matter(text: str) -> int:
-    if not _FRONT_MATTER.match(text):
+    found = _FRONT_MATTER.match(text)
+    if not found:
         return 0
-    end = _FRONT_MATTER_END.search(text, 4, _FRONT_MATTER_LIMIT)
+    end = (_YAML_END if found["yaml"] else _TOML_END).search(text, found.end(), _FRONT_MATTER_LIMIT)
     return end.end() if end else 0

@@ -36,7 +36,8 @@ def cut(text: str, *, budget: int, count: Callable[[str], int]) -> list[str]:
 
 def _pieces(text: str, budget: int, count: Callable[[str], int]) -> Iterator[str]:
     """Pieces, greedily from the start; what a window's end has torn is cut anew in the next window."""
-    start, window = 0, min(budget * _CHARS_PER_UNIT, _MAX_WINDOW)
+    first_window = min(budget * _CHARS_PER_UNIT, _MAX_WINDOW)
+    start, window = 0, first_window
     while start < len(text):
         part = text[start : start + window]
         is_last = start + window >= len(text)
@@ -48,6 +49,7 @@ def _pieces(text: str, budget: int, count: Callable[[str], int]) -> Iterator[str
         for chunk in whole:
             yield from _within(chunk, budget, count)
         start += sum(map(len, whole))
+        window = first_window  # what follows may count more, and a needlessly large window costs its square
 
 
 def _merged(pieces: Iterator[str], budget: int, count: Callable[[str], int]) -> Iterator[str]:

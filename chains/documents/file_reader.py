@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import resource
+import signal
 import sys
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +22,29 @@ if TYPE_CHECKING:
     from chains.documents.formats import FileText, Refusal
 
 CHAINS = Path(__file__).parent.parent
+NOBODY = 65534
+CAP_KILL = 5
+"""https://man7.org/linux/man-pages/man7/capabilities.7.html"""
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+"""https://man7.org/linux/man-pages/man2/prctl.2.html"""
+
+
+def load() -> None:
+    """Import whatever reading may need: where root installed it, nobody else may be able to look later."""
+    # Only modules below are wanted. The package's own start imports LangChain, which would take longer than most files.
+    package = sys.modules["chains"] = ModuleType("chains")
+    package.__path__ = [str(CHAINS)]
+    import encodings
+
+    import charset_normalizer  # noqa: F401
+    import orjson  # noqa: F401
+
+    import chains.documents.formats.detect  # noqa: F401
+
+    for codec in iter_modules(encodings.__path__):
+        # Some are for other systems.
+        with suppress(ImportError):
+            import_module(f"encodings.{codec.name}")
 
 
 def restrict(max_memory: int, timeout_s: float) -> None:
@@ -29,10 +58,37 @@ def restrict(max_memory: int, timeout_s: float) -> None:
         resource.RLIMIT_NOFILE: 32,
         resource.RLIMIT_NPROC: 0,
     }
+    if sys.platform == "darwin":
+        # It counts what all programs share as well, which is more than any limit that we would set.
+        del wanted[resource.RLIMIT_AS]
     for limit, value in wanted.items():
         hard = resource.getrlimit(limit)[1]
         ours = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (ours, ours))
+    if os.geteuid() == 0 and can_end_others():
+        become_nobody()
+    if sys.platform == "linux":
+        prctl = ctypes.CDLL(None).prctl
+        # After the change of user, which would take it back.
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def can_end_others() -> bool:
+    """Tell whether root may end somebody else's process. The server has as much, and has to be able to end this one."""
+    if sys.platform != "linux":
+        return True
+    _, _, after = Path("/proc/self/status").read_text().partition("CapEff:")
+    return bool(int(after.split()[0], 16) >> CAP_KILL & 1)
+
+
+def become_nobody() -> None:
+    """Stop being root, which may read everything and start processes whatever its limits say."""
+    # A container may have taken from its root even the right to be somebody else.
+    with suppress(OSError):
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
 
 
 def answer(content: bytes, limits: dict[str, Any]) -> FileText | Refusal:
@@ -55,10 +111,8 @@ def answer(content: bytes, limits: dict[str, Any]) -> FileText | Refusal:
 def main() -> None:
     """Read the file on stdin."""
     limits = json.loads(sys.argv[1])
+    load()
     restrict(limits["max_memory"], limits["timeout_s"])
-    # Only modules below are wanted. The package's own start imports LangChain, which would take longer than most files.
-    package = sys.modules["chains"] = ModuleType("chains")
-    package.__path__ = [str(CHAINS)]
     import orjson
 
     sys.stdout.buffer.write(orjson.dumps(answer(sys.stdin.buffer.read(), limits)))

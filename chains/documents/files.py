@@ -9,11 +9,14 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import anyio
+import anyio.to_thread
 import orjson
 from anyio.abc import Process
 from pydantic import TypeAdapter, ValidationError
@@ -26,15 +29,30 @@ __all__ = ["FileLimits", "FileReader", "FileText"]
 READER = Path(__file__).with_name("file_reader.py")
 BYTES_PER_CHARACTER = 6
 """The most that JSON takes for one."""
+PIECE = 2**20
+"""Bytes that are handed to the reader at once: they are copied."""
 ANSWER: TypeAdapter[FileText | Refusal] = TypeAdapter(FileText | Refusal)
 
 
 class FileReader:
     """Reads PDF, DOCX, HTML, Markdown and plain text, a few files at once; the others wait their turn."""
 
-    def __init__(self, limits: FileLimits | None = None, *, max_at_once: int = 2) -> None:
+    def __init__(
+        self,
+        limits: FileLimits | None = None,
+        *,
+        turn: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
+    ) -> None:
+        """Make a reader.
+
+        Args:
+            limits: Of each file.
+            turn: Entered to read a file; one that several readers share, for the files of all. None: this reader's
+                own, for two files at once.
+        """
+        own = anyio.CapacityLimiter(2)
         self.limits = limits or FileLimits()
-        self.turns = anyio.CapacityLimiter(max_at_once)
+        self.turn = turn or (lambda: own)
 
     async def read(self, content: bytes) -> FileText:
         """Read one file; what it is is found from its bytes.
@@ -50,11 +68,12 @@ class FileReader:
                 FIELD,
                 f"the file has {len(content):,} bytes; at most {self.limits.max_file:,} are read (SERVE_MAX_FILE)",
             )
-        async with self.turns:
-            return result(await self.run(content))
+        async with self.turn():
+            said = await self.run(content)
+            return await anyio.to_thread.run_sync(result, said)
 
-    async def run(self, content: bytes) -> bytes:
-        """Run the reading process to its end, and return what it said."""
+    async def run(self, content: bytes) -> list[bytes]:
+        """Run the reading process to its end, and return what it said, as it came."""
         process = await anyio.open_process(
             # Isolated: no variable, directory or user's site decides what it imports.
             [sys.executable, "-I", "-B", str(READER), orjson.dumps(asdict(self.limits)).decode()],
@@ -85,13 +104,14 @@ class FileReader:
         return f"the file made its reader crash: it is damaged, or needs more memory than {memory}"
 
 
-async def converse(process: Process, content: bytes, max_answer: int) -> bytes:
+async def converse(process: Process, content: bytes, max_answer: int) -> list[bytes]:
     """Hand the content to the process and hear it out. Raises UnreadableFile for more than `max_answer` bytes."""
     assert process.stdin is not None
     assert process.stdout is not None
     # It may end before it has read everything; its exit code says why.
     with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
-        await process.stdin.send(content)
+        for start in range(0, len(content), PIECE):
+            await process.stdin.send(content[start : start + PIECE])
     await process.stdin.aclose()
     parts, length = [], 0
     async for part in process.stdout:
@@ -99,7 +119,7 @@ async def converse(process: Process, content: bytes, max_answer: int) -> bytes:
         length += len(part)
         if length > max_answer:
             raise UnreadableFile(FIELD, "the file made its reader talk without end")
-    return b"".join(parts)
+    return parts
 
 
 async def end(process: Process) -> None:
@@ -110,10 +130,10 @@ async def end(process: Process) -> None:
     await process.aclose()
 
 
-def result(said: bytes) -> FileText:
+def result(said: list[bytes]) -> FileText:
     """Read what the process said: a text, or why there is none. Raises UnreadableFile, TooLarge."""
     try:
-        answer = ANSWER.validate_json(said, strict=True)
+        answer = ANSWER.validate_json(b"".join(said), strict=True)
     except ValidationError:
         raise UnreadableFile(FIELD, "the file made its reader talk nonsense") from None
     if isinstance(answer, Refusal):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from chains.documents.blocks import is_mostly_gaps
 from chains.documents.inline import Kind, pieces
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _num_pipes(text: str) -> int:
 
 def _structure(text: str) -> Counter[str]:
     """What is in a text, each with what it is in: "bold in a link", …"""
-    return Counter(_names(_parser().parse(text.strip()), []))
+    return Counter(_names(_parser(has_tables=not is_mostly_gaps(text)).parse(text.strip()), []))
 
 
 def _names(tokens: "list[Token]", around: list[str]) -> Iterator[str]:
@@ -93,8 +94,8 @@ def _names(tokens: "list[Token]", around: list[str]) -> Iterator[str]:
             yield from _names(token.children, [])
 
 
-@lru_cache(maxsize=1)
-def _parser() -> "MarkdownIt":
+@lru_cache(maxsize=2)
+def _parser(*, has_tables: bool) -> "MarkdownIt":
     from markdown_it import MarkdownIt
 
-    return MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    return MarkdownIt("commonmark").enable(["table", "strikethrough"] if has_tables else ["strikethrough"])

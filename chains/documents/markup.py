@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from chains.documents.blocks import blocks
+from chains.documents.blocks import blocks, is_mostly_gaps
 from chains.documents.inline import Kind, has_words, normal_label, pieces, spelled_out
 from chains.documents.kept import faults
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from markdown_it import MarkdownIt
     from markdown_it.token import Token
 
-__all__ = ["Part", "faults", "finer", "parts"]
+__all__ = ["MARKDOWN", "Part", "faults", "finer", "parts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +58,31 @@ class _Span:
 _LOOK = 100_000
 """How many characters from its start say whether a text is Markdown."""
 
-_MARKDOWN = re.compile(
+MARKDOWN = re.compile(
     r"""(?: \A | [\r\n] ) [ ]{0,3} (?:
             (?: `{3} | ~{3} ) [^`\r\n]{0,100} [\r\n]   # a fence
             | \#{1,6} [ ] \S                           # a heading
             | \|? [ ]? :? -{3,200} :? [ ]? \| )        # a table
+        | (?: \A | \n [ \t]{0,99} \r?\n | \r [ \t]{0,99} \r )
+            \w [^\r\n]{0,200} [\r\n]{1,2} (?: ={3,200} | -{3,200} ) [ \t]{0,99} (?: [\r\n] | \Z )   # another
         | \]\( [^\s()]{1,500} \)                       # a link
+        | (?<! [*\w] ) \*\* [^\s*] [^*\r\n]{0,200} \*\* (?! [*\w] )   # bold
         | (?<!`) ` [^`\r\n]{1,200} ` (?! [\w`] )       # code""",
     re.VERBOSE,
 )
+"""Found in what is most likely Markdown. Lists do not tell: plain books have speech and notes that look so."""
+
 _MARKED_LINE = re.compile(r"(?:\A|[\r\n])[ \t]*(?:[#>|<=*+\-_~`:\[]|\d{1,9}[.)])")
+_INDENTS = re.compile(r" {0,3}(?:\[\^[^\[\]\s]{1,100}\]:|(?:!!!|\?\?\?\+?)[ \t])")
+"""Begins what is indented although no code: footnotes, and admonitions of MkDocs."""
+
 _INDENTED_LINE = re.compile(r"(?:\A|[\r\n])(?: {4}| {0,3}\t)")
 _SPACE = " \t\r\n"
 _CELLS = ("th_open", "td_open")
-_HEAD = re.compile(r"\[[ xX]\][ \t]+|\[![A-Za-z]{3,20}\][ \t]*|\[\^[^\[\]\s]{1,100}\]:[ \t]*")
-"""What may stand before the words of a leaf: a task's box, the kind of an alert, a footnote's name."""
+_HEAD = re.compile(
+    r"\[[ xX]\][ \t]+|\[![A-Za-z]{3,20}\][ \t]*|\[\^[^\[\]\s]{1,100}\]:[ \t]*|(?:!!!|\?\?\?\+?)[ \t]+[\w-]+[ \t]*"
+)
+"""What may stand before the words of a leaf: a task's box, the kind of an alert or admonition, a footnote's name."""
 
 _TAG_AMONG_WORDS = re.compile(
     r"</?(?:a|abbr|b|bdi|bdo|big|cite|code|del|dfn|em|font|i|ins|kbd|mark|q|s|samp|small|span|strike|strong|sub|sup|tt|u"
@@ -98,7 +108,7 @@ def parts(text: str) -> Iterator[Part]:
     Indented blocks are code only in a text that looks like Markdown: plain books indent their paragraphs.
     """
     is_markdown = _has_marks(text[:_LOOK]) and bool(
-        _MARKDOWN.search(text, 0, _LOOK) or _DEFINITION.search(text, 0, _LOOK)
+        MARKDOWN.search(text, 0, _LOOK) or _DEFINITION.search(text, 0, _LOOK)
     )
     definitions = _DEFINITION.finditer(text) if is_markdown else ()
     labels = frozenset(normal_label(found[1]) for found in definitions)
@@ -106,12 +116,13 @@ def parts(text: str) -> Iterator[Part]:
         if block.is_fixed:
             yield Part(block.text, is_fixed=True)
         else:
-            yield from _with_gaps(block.text, _leaves(block.text, is_markdown), labels)
+            read = block.head + block.text
+            yield from _with_gaps(read, len(block.head), _leaves(read, is_markdown), labels)
 
 
 def _has_marks(text: str) -> bool:
     """Whether any character without which there is no Markdown is there: quickly, as most texts are plain."""
-    return any(mark in text for mark in ("`", "~~~", "#", "---", "]:", "]("))
+    return any(mark in text for mark in ("`", "~~~", "#", "---", "===", "**", "]:", "]("))
 
 
 def finer(text: str) -> list[Part]:
@@ -126,9 +137,10 @@ def finer(text: str) -> list[Part]:
     return found
 
 
-def _with_gaps(text: str, leaves: Iterator[tuple[list[_Span], bool]], labels: Container[str]) -> Iterator[Part]:
-    """The parts of a block, given its leaves: the spans of each, and whether it must be one line."""
-    end = 0
+def _with_gaps(
+    text: str, end: int, leaves: Iterator[tuple[list[_Span], bool]], labels: Container[str]
+) -> Iterator[Part]:
+    """The parts of a block from `end` on, given its leaves: the spans of each, and whether it must be one line."""
     for spans, is_line in leaves:
         start, stop = _trimmed(text, spans[0].start, spans[-1].end)
         leaf = text[start:stop]
@@ -163,13 +175,14 @@ def _leaves(text: str, is_markdown: bool) -> Iterator[tuple[list[_Span], bool]]:
         return
     starts = [0, *(end.end() for end in _LINE_END.finditer(text)), len(text)]
     opened, cursor = "", 0
-    for token in _parser(is_markdown).parse(text):
+    has_code = is_markdown and not _INDENTS.match(text)
+    for token in _parser(has_code=has_code, has_tables=not is_mostly_gaps(text)).parse(text):
         if token.type == "inline" and token.content and token.map:
             for leaf in _of_token(token, opened, text, starts, cursor):
                 yield leaf
                 cursor = leaf[0][-1].end
-        elif token.type == "html_block" and token.level == 0 and token.map:
-            yield from _of_html(text, starts[token.map[0]], starts[token.map[1]])
+        elif token.type == "html_block" and token.map:
+            yield from _of_html(_without_markers(token, text, starts), starts[token.map[0]])
         opened = token.type
 
 
@@ -213,31 +226,41 @@ def _of_token(
         yield run, True
 
 
-def _of_html(text: str, start: int, end: int) -> Iterator[tuple[list[_Span], bool]]:
+def _without_markers(token: "Token", text: str, starts: list[int]) -> str:
+    """The lines of a token with spaces for the markers that they have in lists and quotes."""
+    assert token.map is not None
+    found = ""
+    for number, content in zip(range(*token.map), token.content.split("\n"), strict=False):
+        line = text[starts[number] : starts[number + 1]]
+        words = line.rstrip("\r\n")
+        found += content.lstrip(" \t").rjust(len(words)) + line[len(words) :]
+    return found
+
+
+def _of_html(text: str, offset: int) -> Iterator[tuple[list[_Span], bool]]:
     """The words between the tags of an HTML block, each run as one line; tags like `<em>` do not end a run."""
-    run = at = start
-    while at < end:
-        tag = text.find("<", at, end)
-        if tag < 0:
-            break
+    run = at = 0
+    while (tag := text.find("<", at)) >= 0:
         closing = ">"
         if text.startswith("<!--", tag):
             closing = "-->"
-        elif raw := _RAW_TAG.match(text, tag, end):
-            closing = f"</{raw[1]}>"
-        closed = text.find(closing, tag, end)
-        at = closed + len(closing) if closed >= 0 else end
-        if closed < 0 or not _TAG_AMONG_WORDS.match(text, tag, end):
-            yield _rows(text, *_trimmed(text, run, tag)), True
+        elif raw := _RAW_TAG.match(text, tag):
+            closing = rf"</{raw[1]}\s*>"
+        closed = re.compile(closing, re.IGNORECASE).search(text, tag)
+        at = closed.end() if closed else len(text)
+        if not closed or not _TAG_AMONG_WORDS.match(text, tag):
+            yield _rows(text, run, tag, offset), True
             run = at
-    yield _rows(text, *_trimmed(text, run, end)), True
+    yield _rows(text, run, len(text), offset), True
 
 
-def _rows(text: str, start: int, end: int) -> list[_Span]:
-    """The lines of what stands there."""
+def _rows(text: str, start: int, end: int, offset: int) -> list[_Span]:
+    """The lines of what stands there, without the white space around each, `offset` further on."""
+    start, end = _trimmed(text, start, end)
     ends = [found.start() for found in _LINE_END.finditer(text, start, end)]
     starts = [found.end() for found in _LINE_END.finditer(text, start, end)]
-    return [_Span(*row) for row in zip([start, *starts], [*ends, end], strict=True)]
+    rows = (_trimmed(text, *row) for row in zip([start, *starts], [*ends, end], strict=True))
+    return [_Span(first + offset, last + offset) for first, last in rows]
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
@@ -246,11 +269,11 @@ def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     return end - len(words.lstrip()), start + len(words.rstrip())
 
 
-@lru_cache(maxsize=2)
-def _parser(is_markdown: bool) -> "MarkdownIt":
-    """A parser of blocks alone; for plain text, one to which indented lines are paragraphs."""
+@lru_cache(maxsize=4)
+def _parser(*, has_code: bool, has_tables: bool) -> "MarkdownIt":
+    """A parser of blocks alone; without code, indented lines are paragraphs to it."""
     from markdown_it import MarkdownIt
 
-    parser = MarkdownIt("commonmark").enable("table")
+    parser = MarkdownIt("commonmark").disable([] if has_code else "code")
     parser.core.ruler.disable("inline")
-    return parser if is_markdown else parser.disable("code")
+    return parser.enable("table") if has_tables else parser

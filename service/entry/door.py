@@ -63,7 +63,7 @@ class Door:
         self._idle_timeout_s = idle_timeout_s
         self._options_type = _options_type(chain)
         self._tokenizing = tokenizing
-        self._files = FileReader(FileLimits(max_file=limits.max_file, max_pages=limits.max_pages))
+        self._file_limits = FileLimits(max_file=limits.max_file, max_pages=limits.max_pages)
 
     async def __call__(self, request: Request) -> AsyncIterator[None]:
         """Let a request through, or raise why not."""
@@ -108,7 +108,7 @@ class Door:
             yield
 
     async def _read(self, request: Request, config_hash: str | None) -> tuple[dict[str, Any], list[Call]]:
-        """Read the body, and hold everything in it against its types and limits."""
+        """Read the body, and hold everything in it against its types and limits. Files are read, too."""
         limits = self._limits
         shared = shared_options(config_hash)
         validate("config_hash.configurable", self._options_type, shared)
@@ -123,32 +123,42 @@ class Door:
         for call in wanted:
             validate(call.options_at, self._options_type, call.options)
             _check_output(call, limits.max_output_tokens)
+        return raw, await self._ready(wanted, request.state.key, size)
+
+    async def _ready(self, wanted: Sequence[Call], key: str, size: int) -> list[Call]:
+        """Read the files of calls, and hold all prompts together against the limit; `size` is that of the body."""
+        chain, limit = self._chain, self._limits.max_input_tokens
+        reader = FileReader(self._file_limits, turn=partial(self._tokenizing.files.of, key))
         ready, num_tokens = [], 0
+        shown: list[tuple[dict[str, Any], int]] = []  # inputs of which only the first prompt, of so many, is counted
         for call in wanted:
-            run = partial(self._tokenizing.run, key=request.state.key, size=size)
-            value = await run(validate, call.at, self._chain.input_type, call.input)
-            prepared = await self._prepare(call, value)
+            run = partial(self._tokenizing.run, key=key)
+            value = await run(validate, call.at, chain.input_type, call.input, size=size)
+            prepared = await self._prepare(call, value, reader)
+            sent = call.input
             if prepared is not value:
                 sent = prepared.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-                ready.append(replace(call, input=sent))
-            else:
-                ready.append(call)
-            num_tokens += await run(_count, self._chain, self._check, call, prepared)
-            # A token is a byte at least: what fits by its bytes, and is not packed in a file, need not be counted.
-            if self._chain.num_tokens and (size > limits.max_input_tokens or prepared is not value):
-                left = limits.max_input_tokens - num_tokens
-                num_tokens += await run(self._chain.num_tokens, fields_of(prepared), left)
-            if num_tokens > limits.max_input_tokens:
-                limit = f"at most {limits.max_input_tokens} prompt tokens in a request (SERVE_MAX_INPUT_TOKENS)"
-                got = f"got {'more' if self._chain.num_tokens else num_tokens}"
-                raise Refusal(422, "input_too_long", f"{call.at}: {limit}, {got}", field=call.at)
-        return raw, ready
+                size += _num_bytes(sent)
+            ready.append(replace(call, input=sent))
+            first = await run(_count, chain, self._check, call, prepared, size=size)
+            num_tokens += first
+            shown.append((fields_of(prepared), first))
+            # A token is a byte at least: texts that fit by their bytes need not be counted.
+            while chain.num_tokens and shown and num_tokens <= limit < size:
+                fields, first = shown.pop()
+                texts = await run(chain.num_tokens, fields, limit - num_tokens + first, size=size)
+                num_tokens += max(0, texts - first)
+            if num_tokens > limit:
+                most = f"at most {limit} prompt tokens in a request (SERVE_MAX_INPUT_TOKENS)"
+                got = f"got {'more' if chain.num_tokens else num_tokens}"
+                raise Refusal(422, "input_too_long", f"{call.at}: {most}, {got}", field=call.at)
+        return ready
 
-    async def _prepare(self, call: Call, value: BaseModel) -> BaseModel:
+    async def _prepare(self, call: Call, value: BaseModel, reader: FileReader) -> BaseModel:
         if self._chain.prepare is None:
             return value
         try:
-            return await self._chain.prepare(value, self._files)
+            return await self._chain.prepare(value, reader)
         except InputError as error:
             raise _refusal(call, error) from error
 
@@ -186,6 +196,13 @@ def _count(chain: Chain, check: Check, call: Call, value: BaseModel) -> int:
         raise Refusal(422, "context_overflow", f"{field}: {error}", field=field) from error
     except InvalidMessage as error:
         raise Refusal(422, "invalid_message", f"{call.at}: {error}", field=f"{call.at}.{error.field}") from error
+
+
+def _num_bytes(value: Any) -> int:
+    """Bytes of all texts in a JSON value."""
+    if isinstance(value, dict | list):
+        return sum(map(_num_bytes, value.values() if isinstance(value, dict) else value))
+    return len(value.encode()) if isinstance(value, str) else 0
 
 
 def _refusal(call: Call, error: InputError) -> Refusal:

@@ -1,7 +1,9 @@
-"""Where prompts are counted: in threads, so that nobody waits for a book that somebody else has sent."""
+"""Where requests are made ready: prompts are counted in threads, files are read by turns, so that nobody waits for a
+book that somebody else has sent."""
 
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import anyio
@@ -11,11 +13,28 @@ LARGE = 100_000
 """Bytes of a request from which on it takes long to tokenize it, and much memory: seconds and a gigabyte for four
 million."""
 
+MAX_FILES = 2
+"""Files that are read at once, each by a process that may take a gigabyte."""
+
 T = TypeVar("T")
 
 
+class Turns:
+    """A few places, of which no key has more than one: so nobody waits for more than one turn of each other key."""
+
+    def __init__(self, num_places: int) -> None:
+        self._places = anyio.CapacityLimiter(num_places)
+        self._of: dict[str, anyio.Lock] = {}  # by key
+
+    @asynccontextmanager
+    async def of(self, key: str) -> AsyncIterator[None]:
+        """Have a place for a key, once one is free and the key has no other."""
+        async with self._of.setdefault(key, anyio.Lock()), self._places:
+            yield
+
+
 class Tokenizing:
-    """Runs what tokenizes.
+    """Runs what tokenizes, and says whose file is read next. There is one for all chains.
 
     Small requests never wait for large ones. Of those there is one at a time, so that they do not take all memory, and
     keys take turns at it.
@@ -23,8 +42,8 @@ class Tokenizing:
 
     def __init__(self) -> None:
         self._small = anyio.CapacityLimiter(os.cpu_count() or 1)  # leaves the other threads to others
-        self._large = anyio.CapacityLimiter(1)
-        self._large_of: dict[str, anyio.Lock] = {}  # by key
+        self._large = Turns(1)
+        self.files = Turns(MAX_FILES)
 
     async def run(self, count: Callable[..., T], *arguments: Any, key: str, size: int) -> T:
         """Call a function in a thread, when its turn has come.
@@ -33,9 +52,9 @@ class Tokenizing:
             count: What to call.
             arguments: What to call it with.
             key: Whose request it is for.
-            size: Bytes of the request.
+            size: Bytes of the request, unpacked.
         """
         if size < LARGE:
             return await anyio.to_thread.run_sync(count, *arguments, limiter=self._small)
-        async with self._large_of.setdefault(key, anyio.Lock()):
-            return await anyio.to_thread.run_sync(count, *arguments, limiter=self._large)
+        async with self._large.of(key):
+            return await anyio.to_thread.run_sync(count, *arguments, limiter=anyio.CapacityLimiter(1))

@@ -183,3 +183,90 @@ def nested_docx(depth: int = 100_000) -> bytes:
 def nested_html(depth: int = 100_000) -> bytes:
     """A page with a text in that many boxes."""
     return b"<!doctype html><title>Deep</title>" + b"<div>" * depth + b"At the bottom." + b"</div>" * depth + b"After."
+
+
+def filled_pdf() -> bytes:
+    """A form of one page with a filled-in field, one that nobody has drawn yet, and a note written on it."""
+    resources = b"/Resources <</Font <</F1 3 0 R>>>>"
+
+    def drawn(text: bytes) -> bytes:
+        return stream(
+            b"/Tx BMC q BT /F1 11 Tf 2 2 Td (%s) Tj ET Q EMC" % text,
+            b"/Type /XObject /Subtype /Form /BBox [0 0 200 20] " + resources,
+        )
+
+    field = b"<</Type /Annot /Subtype /Widget /FT /Tx /T (%s) /V (%s) /DA (/F1 11 Tf) /Rect [200 %d 400 %d] /F 4 %s>>"
+    return raw_pdf(
+        [
+            b"<</Type /Catalog /Pages 2 0 R /AcroForm <</Fields [7 0 R 8 0 R] /DR <</Font <</F1 3 0 R>>>>>>>>",
+            b"<</Type /Pages /Count 1 /Kids [5 0 R]>>",
+            b"<</Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding>>",
+            stream(b"BT /F1 11 Tf 50 800 Td (Name:) Tj 0 -50 Td (Town:) Tj ET"),
+            b"<</Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] /Contents 4 0 R /Annots [7 0 R 8 0 R 9 0 R] %s>>"
+            % resources,
+            drawn(b"Ada Byron"),
+            field % (b"name", b"Ada Byron", 795, 815, b"/AP <</N 6 0 R>>"),
+            field % (b"town", b"London", 745, 765, b""),
+            b"<</Type /Annot /Subtype /FreeText /Contents (Urgent) /Rect [200 695 400 715] /F 4 /AP <</N 10 0 R>>>>",
+            drawn(b"Urgent"),
+        ]
+    )
+
+
+def mixed_pdf(pages: str) -> bytes:
+    """A PDF with a page for each letter: a text (t), an image (i) or nothing (n)."""
+    kinds = {"t": b"3 0 R", "i": b"4 0 R", "n": b"5 0 R"}
+    page = b"<</Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] %s>>"
+    image = b"/Type /XObject /Subtype /Image /Width 2 /Height 2 /ColorSpace /DeviceGray /BitsPerComponent 8"
+    return raw_pdf(
+        [
+            b"<</Type /Catalog /Pages 2 0 R>>",
+            b"<</Type /Pages /Count %d /Kids [%s]>>" % (len(pages), b" ".join(kinds[each] for each in pages)),
+            page % b"/Contents 6 0 R /Resources <</Font <</F1 8 0 R>>>>",
+            page % b"/Contents 7 0 R /Resources <</XObject <</I 9 0 R>>>>",
+            page % b"",
+            stream(b"BT /F1 11 Tf 50 800 Td (Text.) Tj ET"),
+            stream(b"500 0 0 700 50 50 cm /I Do"),
+            b"<</Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding>>",
+            stream(b"\x00\x80\xff\x80", image),
+        ]
+    )
+
+
+def run(text: str) -> str:
+    """A run of a Word document's paragraph."""
+    return f"<w:r><w:t>{text}</w:t></w:r>"
+
+
+def paragraph(text: str) -> str:
+    """A paragraph of a Word document."""
+    return f"<w:p>{run(text)}</w:p>"
+
+
+def docx_with_margins(body: str, headers: Iterable[str], footers: Iterable[str]) -> bytes:
+    """A document with a part for each of these headers and footers."""
+    texts = {f"header{n}": text for n, text in enumerate(headers)} | {
+        f"footer{n}": text for n, text in enumerate(footers)
+    }
+    types = "".join(
+        f'<Override PartName="/word/{name}.xml" ContentType="{WORD}.{name.rstrip("0123456789")}+xml"/>'
+        for name in texts
+    )
+    parts = {name: f'<w:hdr xmlns:w="{WORDS}">{paragraph(text)}</w:hdr>' for name, text in texts.items()}
+    return archive(
+        {
+            "[Content_Types].xml": CONTENT_TYPES.replace("</Types>", f"{types}</Types>"),
+            "word/document.xml": f'<w:document xmlns:w="{WORDS}"><w:body>{body}</w:body></w:document>',
+            **{f"word/{name}.xml": content for name, content in parts.items()},
+        }
+    )
+
+
+def docx_of_cousins(styles: int = 3_000) -> bytes:
+    """A document of many styles that are all based on one with as many children."""
+    wide = '<w:style w:styleId="wide">' + "<w:rsid/>" * styles + '<w:name w:val="heading 2"/></w:style>'
+    others = "".join(f'<w:style w:styleId="s{n}"><w:basedOn w:val="wide"/></w:style>' for n in range(styles))
+    return raw_docx(
+        f'<w:p><w:pPr><w:pStyle w:val="s7"/></w:pPr>{run("A cousin")}</w:p>',
+        styles=f'<w:styles xmlns:w="{WORDS}">{wide}{others}</w:styles>',
+    )

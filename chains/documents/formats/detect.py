@@ -54,8 +54,11 @@ def read(content: bytes, limits: FileLimits) -> FileText:
 def reader_of(content: bytes) -> Callable[[bytes, FileLimits], FileText]:
     """Find which format reads the content. Raises UnreadableFile."""
     head = content[:1024]
-    if head.startswith(b"%PDF-") or PDF.search(head) or (b"%PDF-" in head and b"\0" in content):
+    if head.lstrip().startswith(b"%PDF-"):
         return pdf.read
+    if PDF.search(head) or (b"%PDF-" in head and b"\0" in content):
+        # After what a mailer or a server put before it; or the text is about PDF.
+        return pdf.read if pdf.can_open(content) else text_reader(content) or pdf.read
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return in_zip(content)
     if head.startswith(OLE):
@@ -65,7 +68,15 @@ def reader_of(content: bytes) -> Callable[[bytes, FileLimits], FileText]:
     for magic, name in MAGIC.items():
         if head.startswith(magic):
             raise unknown(name)
-    return html.read if html.is_html(plain.decode(content[: 2**16], is_cut=True) or "") else plain.read
+    return text_reader(content) or plain.read
+
+
+def text_reader(content: bytes) -> Callable[[bytes, FileLimits], FileText] | None:
+    """Find which format reads the content, if it is text."""
+    begin = plain.decode(content[: 2**16], is_cut=True)
+    if begin is None:
+        return None
+    return html.read if html.is_html(begin) else plain.read
 
 
 def in_zip(content: bytes) -> Callable[[bytes, FileLimits], FileText]:

@@ -8,16 +8,19 @@ import io
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from lxml import etree  # type: ignore[import-untyped]
 
 from chains.documents.formats import Blocks, FileLimits, FileText, table
 from chains.documents.formats.package import Parts
+from chains.documents.formats.symbols import symbol
 
 BYTES_PER_CHARACTER = 8
 """Of XML for one character of text: Word writes many tags."""
+SEPARATORS = frozenset({"separator", "continuationSeparator", "continuationNotice"})
+"""Notes that are lines between text and notes."""
 NOT_READ = frozenset({"del", "moveFrom", "rPr", "pPr", "instrText", "rt", "sectPr", "tblPr", "trPr", "tcPr", "sdtPr"})
 MAX_STYLES = 20
 """Based on each other."""
@@ -31,10 +34,8 @@ def read(content: bytes, limits: FileLimits) -> FileText:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         document = Document(Parts(archive, limits.max_text * BYTES_PER_CHARACTER).described())
     blocks = Blocks(limits.max_text)
-    for block in document.blocks(document.root):
+    for block in document.everything():
         blocks.add(block)
-    for note in document.notes():
-        blocks.add(note)
     return FileText(document.title(), blocks.text(), "docx", None)
 
 
@@ -46,6 +47,7 @@ class Style:
     """Of a heading; 0: it is none."""
     list_id: str = ""
     is_title: bool = False
+    based_on: str = ""
 
 
 @dataclass(slots=True)
@@ -59,9 +61,8 @@ class Paragraph:
 class Document:
     """Follows a document's elements by their local names, which are the same in both of the format's namespaces."""
 
-    def __init__(self, parts: dict[str, etree._Element]) -> None:
+    def __init__(self, parts: dict[str, list[etree._Element]]) -> None:
         self.parts = parts
-        self.root = parts["main"]
         self.styles = self.read_styles()
         self.formats = self.read_formats()
         self.counts: Counter[tuple[str, int]] = Counter()
@@ -69,11 +70,25 @@ class Document:
 
     def title(self) -> str:
         """The title among its properties, else what is styled as one."""
-        properties = self.parts.get("properties")
-        found = (
-            "" if properties is None else "".join(each.text or "" for each in properties if name_of(each) == "title")
-        )
+        found = "".join(each.text or "" for each in self.elements("properties") if name_of(each) == "title")
         return found.strip() or self.titled
+
+    def elements(self, kind: str) -> Iterator[etree._Element]:
+        """Yield what stands at the top of the first part of a kind."""
+        yield from self.parts.get(kind, [()])[0]
+
+    def everything(self) -> Iterator[str]:
+        """Yield the document's blocks between its headers and its footers, then its notes."""
+        yield from self.around("header")
+        yield from self.blocks(self.parts["main"][0])
+        yield from self.around("footer")
+        yield from self.notes()
+
+    def around(self, kind: str) -> Iterator[str]:
+        """Yield headers or footers. Each section has its own, mostly the same: what says the same is read once."""
+        texts = ("\n\n".join(filter(str.strip, self.blocks(part))) for part in self.parts.get(kind, ()))
+        # The number of some page alone tells nothing.
+        yield from dict.fromkeys(text for text in texts if any(map(str.isalpha, text)))
 
     def blocks(self, parent: etree._Element) -> Iterator[str]:
         """Yield paragraphs and tables below an element."""
@@ -85,7 +100,9 @@ class Document:
                 rows = [[list(self.blocks(cell)) for cell in below(row, "tc")] for row in below(element, "tr")]
                 yield from table(rows) if rows else ()
             elif name == "AlternateContent":
-                yield from self.blocks(element[0]) if len(element) else ()
+                yield from self.blocks(chosen(element))
+            elif name == "altChunk":
+                yield "[A file inside this document that cannot be read here]"
             elif name not in NOT_READ:
                 yield from self.blocks(element)
 
@@ -108,8 +125,7 @@ class Document:
         level = style.level
         numbers = None
         if properties is not None:
-            outline = value(child(properties, "outlineLvl"))
-            level = level or (int(outline) + 1 if outline.isdigit() and int(outline) < 9 else 0)
+            level = level or outline_level(properties)
             numbers = child(properties, "numPr")
         if level:
             return "#" * min(level, 6) + " "
@@ -117,7 +133,7 @@ class Document:
         if list_id in ("", "0"):
             return ""
         depth = value(child(numbers, "ilvl")) if numbers is not None else ""
-        return self.item(list_id, min(int(depth), MAX_LEVELS - 1) if depth.isdigit() else 0)
+        return self.item(list_id, min(int(depth), MAX_LEVELS - 1) if depth.isdecimal() else 0)
 
     def item(self, list_id: str, depth: int) -> str:
         indent = "  " * depth
@@ -131,40 +147,19 @@ class Document:
     def notes(self) -> Iterator[str]:
         """Yield footnotes and endnotes, as Markdown writes them."""
         for kind in ("footnotes", "endnotes"):
-            for note in self.parts.get(kind, ()):
-                # The others are the lines between text and notes.
-                if "type" not in attributes(note):
+            for note in self.elements(kind):
+                if attributes(note).get("type") not in SEPARATORS:
                     text = " ".join(self.blocks(note))
                     yield f"[^{mark(note, kind)}]: {text}" if text else ""
 
     def read_styles(self) -> dict[str, Style]:
-        elements = {attributes(each).get("styleId", ""): each for each in self.parts.get("styles", ())}
-        return {name: self.style_of(name, elements) for name in elements if name}
-
-    def style_of(self, style_id: str, elements: dict[str, etree._Element]) -> Style:
-        """Resolve a style through those that it is based on."""
-        level, list_id, is_title = 0, "", False
-        for _ in range(MAX_STYLES):
-            if style_id not in elements:
-                break
-            element = elements[style_id]
-            name = value(child(element, "name")).lower()
-            properties = child(element, "pPr")
-            if heading := HEADING.fullmatch(name):
-                level = level or int(heading[1])
-            is_title = is_title or name == "title"
-            if properties is not None:
-                outline = value(child(properties, "outlineLvl"))
-                level = level or (int(outline) + 1 if outline.isdigit() and int(outline) < 9 else 0)
-                numbers = child(properties, "numPr")
-                list_id = list_id or (value(child(numbers, "numId")) if numbers is not None else "")
-            style_id = value(child(element, "basedOn"))
-        return Style(level or int(is_title), list_id, is_title)
+        own = {attributes(each).get("styleId", ""): style_of(each) for each in self.elements("styles")}
+        return {name: resolved(style, own) for name, style in own.items() if name}
 
     def read_formats(self) -> dict[tuple[str, int], str]:
         """How the levels of each list are numbered."""
         abstract, formats = {}, {}
-        for element in self.parts.get("numbering", ()):
+        for element in self.elements("numbering"):
             if name_of(element) == "abstractNum":
                 abstract[attributes(element).get("abstractNumId", "")] = [
                     value(child(level, "numFmt")) for level in element if name_of(level) == "lvl"
@@ -187,13 +182,14 @@ def gather(parent: etree._Element, into: Paragraph) -> None:
             into.text.append("\n")
         elif name == "noBreakHyphen":
             into.text.append("-")
+        elif name == "sym":
+            into.text.append(symbol(attributes(element).get("font", ""), attributes(element).get("char", "")))
         elif name in ("footnoteReference", "endnoteReference"):
             into.text.append(f"[^{mark(element, name)}]")
         elif name == "txbxContent":
             into.boxes.append(element)
         elif name == "AlternateContent":
-            # Two ways to write the same.
-            gather(element[:1], into)
+            gather(chosen(element), into)
         elif name not in NOT_READ:
             gather(element, into)
 
@@ -208,8 +204,43 @@ def below(element: etree._Element, name: str) -> Iterator[etree._Element]:
     for each in element:
         if name_of(each) == name:
             yield each
-        elif name_of(each) in ("sdt", "sdtContent", "customXml", "ins"):
+        elif name_of(each) not in NOT_READ:
             yield from below(each, name)
+
+
+def chosen(alternates: etree._Element) -> Iterable[etree._Element]:
+    """The first of some ways to write the same that has text in it."""
+    return next((each for each in alternates if any((t.text or "").strip() for t in each.iter("{*}t"))), ())
+
+
+def style_of(element: etree._Element) -> Style:
+    """What a style says itself."""
+    name = value(child(element, "name")).lower()
+    heading, properties = HEADING.fullmatch(name), child(element, "pPr")
+    level, list_id = int(heading[1]) if heading else 0, ""
+    if properties is not None:
+        numbers = child(properties, "numPr")
+        level = level or outline_level(properties)
+        list_id = value(child(numbers, "numId")) if numbers is not None else ""
+    return Style(level, list_id, name == "title", value(child(element, "basedOn")))
+
+
+def resolved(style: Style, own: dict[str, Style]) -> Style:
+    """A style with what it has from those that it is based on."""
+    for _ in range(MAX_STYLES):
+        base = own.get(style.based_on)
+        if base is None:
+            break
+        style = Style(
+            style.level or base.level, style.list_id or base.list_id, style.is_title or base.is_title, base.based_on
+        )
+    return replace(style, level=style.level or int(style.is_title))
+
+
+def outline_level(properties: etree._Element) -> int:
+    """The level of heading that a paragraph's properties ask for; 0: none."""
+    outline = value(child(properties, "outlineLvl"))
+    return int(outline) + 1 if outline.isdecimal() and int(outline) < 9 else 0
 
 
 def child(element: etree._Element, name: str) -> etree._Element | None:

@@ -6,14 +6,20 @@ from lxml import etree  # type: ignore[import-untyped]
 
 from chains.documents.formats import Blocks, FileLimits, FileText, damaged, plain, table
 
-DROPPED = frozenset({"script", "style", "template", "noscript", "nav", "svg", "iframe", "object"})
+DROPPED = frozenset({"script", "style", "template", "noscript", "svg", "iframe"})
 HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 # fmt: off
 BLOCKS = frozenset(HEADINGS) | {
     "address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details", "dialog", "div",
     "dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "header", "hr", "html", "li", "main",
-    "menu", "ol", "p", "pre", "section", "summary", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
+    "menu", "nav", "ol", "p", "pre", "section", "summary", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
 }
+INLINE = frozenset({
+    "a", "abbr", "acronym", "b", "bdi", "bdo", "big", "cite", "code", "data", "del", "dfn", "em", "font", "i", "ins",
+    "kbd", "label", "mark", "nobr", "q", "rb", "rp", "rt", "ruby", "s", "samp", "small", "span", "strike", "strong",
+    "sub", "sup", "time", "tt", "u", "var", "wbr",
+})
+"""Parts of a word may be in them. The others are apart, even those that nobody has heard of."""
 # fmt: on
 MAX_TABLES = 20
 """Tables inside each other; what is deeper is read as paragraphs."""
@@ -74,6 +80,11 @@ class Page:
         elif tag in BLOCKS:
             self.flush()
             self.open(tag)
+        else:
+            self.set_apart(tag)
+            if tag == "img":
+                self.data(attributes.get("alt") or "")
+                self.set_apart(tag)
 
     def end(self, tag: str) -> None:
         if self.dropping:
@@ -84,6 +95,14 @@ class Page:
         elif tag in BLOCKS:
             self.flush()
             self.shut(tag)
+        else:
+            self.set_apart(tag)
+
+    def set_apart(self, tag: str) -> None:
+        """Keep the words in an element from those around it."""
+        # Names with a colon are Word's own, around single words.
+        if self.line and tag not in INLINE and ":" not in tag and not self.in_pre:
+            self.line.append(" ")
 
     def data(self, data: str) -> None:
         if self.dropping:

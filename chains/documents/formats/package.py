@@ -9,8 +9,9 @@ from chains.documents.formats import FIELD, damaged
 from chains.errors import TooLarge, UnreadableFile
 
 MAX_PARTS = 20_000
+TYPES = "[content_types].xml"
 PART = re.compile(
-    r"wordprocessingml\.(?:\w+\.)?(main|styles|numbering|footnotes|endnotes)\+xml|ms-word\.[\w.]+\.(main)\+xml"
+    r"wordprocessingml\.(?:\w+\.)?(main|styles|numbering|footnotes|endnotes|header|footer)\+xml|ms-word\.[\w.]+\.(main)\+xml"
 )
 
 
@@ -25,20 +26,30 @@ class Parts:
             raise TooLarge(FIELD, f"the file has {len(archive.infolist()):,} parts; at most {MAX_PARTS:,} are read")
         self.names = {info.filename.lower(): info for info in archive.infolist()}
 
-    def described(self) -> dict[str, etree._Element]:
+    def described(self) -> dict[str, list[etree._Element]]:
         """Parse the parts that hold text, by what their type calls them; and the properties."""
-        types = self.parse("[content_types].xml")
-        found = {}
-        for override in () if types is None else types:
-            kind, name = PART.search(override.get("ContentType", "")), override.get("PartName", "").lstrip("/").lower()
+        found: dict[str, list[etree._Element]] = {}
+        for name, part_type in self.types().items():
+            kind = PART.search(part_type)
             # A glossary is a document of its own, with styles of its own, of building blocks that nobody has used yet.
             part = self.parse(name) if kind and "/glossary/" not in name else None
             if kind and part is not None:
-                found[kind[1] or kind[2]] = part
-        if "main" not in found:
+                found.setdefault(kind[1] or kind[2], []).append(part)
+        # A type for all that ends in .xml makes more than one part the main one.
+        found["main"] = [part for part in found.get("main", ()) if str(part.tag).endswith("}document")]
+        if not found["main"]:
             raise damaged("the document itself is missing in it")
         properties = self.parse("docprops/core.xml")
-        return found if properties is None else {**found, "properties": properties}
+        return found if properties is None else {**found, "properties": [properties]}
+
+    def types(self) -> dict[str, str]:
+        """What each part is: as it is said of it alone, else of all whose names end as its own."""
+        said = self.parse(TYPES)
+        rules = [] if said is None else list(said)
+        of_part = {rule.get("PartName", "").lstrip("/").lower(): rule.get("ContentType", "") for rule in rules}
+        of_ending = {rule.get("Extension", "").lower(): rule.get("ContentType", "") for rule in rules}
+        by_ending = {name: of_ending.get(name.rpartition(".")[2], "") for name in self.names if name != TYPES}
+        return {**of_part, **{name: kind for name, kind in by_ending.items() if name not in of_part}}
 
     def parse(self, name: str) -> etree._Element | None:
         """Unpack and parse one part, if there is one of this name. Raises UnreadableFile, TooLarge."""

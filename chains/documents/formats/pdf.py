@@ -1,10 +1,11 @@
-"""PDF: the text of its pages, as pdfium finds it. Knows no OCR."""
+"""PDF: the text of its pages with what was filled in and noted on them, as pdfium finds it. Knows no OCR."""
 
 import ctypes
 import itertools
 import re
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pypdfium2  # type: ignore[import-untyped]
 from pypdfium2 import raw
@@ -24,13 +25,40 @@ def read(content: bytes, limits: FileLimits) -> FileText:
     pages = len(document)
     if pages > limits.max_pages:
         raise TooLarge(FIELD, f"the file has {pages:,} pages; at most {limits.max_pages:,} are read (SERVE_MAX_PAGES)")
-    blocks = Blocks(limits.max_text)
-    for number in range(pages):
-        blocks.add(page_text(document, number, blocks))
-    if not blocks.parts:
+    # Draws what was filled in where the form itself has not done so; it has to come before the first page.
+    document.init_forms()
+    blocks, has_text = Blocks(limits.max_text), False
+    for is_image, group in itertools.groupby(pages_of(document, blocks), lambda page: page.is_image):
+        if is_image:
+            blocks.add(without_text([page.number for page in group]))
+            continue
+        for page in group:
+            blocks.add(page.text)
+            has_text = has_text or bool(page.text)
+    if not has_text:
         counted = "1 page" if pages == 1 else f"{pages:,} pages"
         raise UnreadableFile(FIELD, f"the file has no text in it: {counted} of images; run OCR first")
     return FileText(document.get_metadata_value("Title"), blocks.text(), "pdf", pages)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What one page has."""
+
+    number: int
+    """From 1."""
+    text: str
+    is_image: bool
+    """Something is drawn on it, and nothing written."""
+
+
+def can_open(content: bytes) -> bool:
+    """Tell whether this is a PDF, and none with a password."""
+    try:
+        opened(content).close()
+    except UnreadableFile:
+        return False
+    return True
 
 
 def opened(content: bytes) -> pypdfium2.PdfDocument:
@@ -47,20 +75,39 @@ def opened(content: bytes) -> pypdfium2.PdfDocument:
         raise damaged("it cannot be opened as a PDF") from error
 
 
-def page_text(document: pypdfium2.PdfDocument, number: int, blocks: Blocks) -> str:
-    """The text of one page, paragraphs apart by a blank line. Raises UnreadableFile; TooLarge if `blocks` is full."""
-    try:
-        page = document[number]
-        text_page = page.get_textpage()
-    except pypdfium2.PdfiumError as error:
-        raise damaged(f"page {number + 1:,} cannot be read") from error
-    try:
-        blocks.check_room(text_page.count_chars())
-        text = "".join(with_paragraphs(text_page)).replace("\r\n", "\n")
-    finally:
-        text_page.close()
-        page.close()
-    return HYPHEN.sub("", text).strip()
+def pages_of(document: pypdfium2.PdfDocument, blocks: Blocks) -> Iterator[Page]:
+    """Read the pages one by one. Raises UnreadableFile; TooLarge if `blocks` is full."""
+    for number in range(1, len(document) + 1):
+        try:
+            page = flat_page(document, number - 1)
+            text_page = page.get_textpage()
+        except pypdfium2.PdfiumError as error:
+            raise damaged(f"page {number:,} cannot be read") from error
+        try:
+            blocks.check_room(text_page.count_chars())
+            # Paragraphs apart by a blank line.
+            text = HYPHEN.sub("", "".join(with_paragraphs(text_page)).replace("\r\n", "\n")).strip()
+            is_image = not text and any(each.type != raw.FPDF_PAGEOBJ_TEXT for each in page.get_objects(max_depth=1))
+        finally:
+            text_page.close()
+            page.close()
+        yield Page(number, text, is_image)
+
+
+def flat_page(document: pypdfium2.PdfDocument, index: int) -> pypdfium2.PdfPage:
+    """Get a page with its form fields and notes as part of its own text. Raises PdfiumError."""
+    page = document[index]
+    if raw.FPDFPage_Flatten(page, raw.FLAT_NORMALDISPLAY) != raw.FLATTEN_SUCCESS:
+        return page
+    page.close()
+    return document[index]
+
+
+def without_text(numbers: list[int]) -> str:
+    """What stands for pages that follow each other and are images."""
+    if len(numbers) == 1:
+        return f"[Page {numbers[0]}: an image without text]"
+    return f"[Pages {numbers[0]}-{numbers[-1]}: images without text]"
 
 
 def with_paragraphs(page: pypdfium2.PdfTextPage) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import codecs
 import re
 
+from chains.documents import markup
 from chains.documents.formats import FIELD, FileLimits, FileText, too_much_text
 from chains.errors import UnreadableFile
 
@@ -26,13 +27,16 @@ WIDER = {
     "big5": "big5hkscs",
     "iso8859-9": "cp1254",
 }
+NO_CHARSETS = {"idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7"}
+"""What Python calls encodings of text, and no page is written in."""
 NO_TEXT = re.compile("[\x01-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 """Control characters that the MIME sniffing standard takes for a sign of binary data: https://mimesniff.spec.whatwg.org"""
-MARKDOWN = re.compile(
-    r"(?m)^(?:#{1,6} \S| {0,3}(?:```|~~~)|\|[ :]?-{3,}|[^\n]+\n(?:={3,}|-{3,})[ \t]*$)"
-    r"|\[[^\]\n]{1,200}\]\([^)\s]{1,500}\)"
-)
+MARKDOWN = markup.MARKDOWN
 HEADING = re.compile(r"(?m)^# +(.+)$")
+MAX_BROKEN = 1_000
+"""One character in so many may be broken, and one in any case, in a text that is else in an encoding."""
+MIN_SOUND = 10
+"""Characters that are not ASCII for each that is broken. With less, an encoding is not known from them."""
 HEAD = 100_000
 """Characters that are looked at to tell what a text is."""
 
@@ -54,7 +58,7 @@ def read(content: bytes, limits: FileLimits) -> FileText:
 
 
 def decode(content: bytes, *, is_cut: bool = False) -> str | None:
-    """Decode bytes by their mark, as UTF-8, as they declare, or by a guess; None: they are not text.
+    """Decode bytes by their mark, as UTF-8, as they declare, as flawed UTF-8, or by a guess; None: they are not text.
 
     Args:
         content: What to decode.
@@ -62,7 +66,7 @@ def decode(content: bytes, *, is_cut: bool = False) -> str | None:
     """
     for bom, encoding in BOMS.items():
         if content.startswith(bom):
-            return strictly(content, encoding, is_cut)
+            return strictly(content, encoding, is_cut) or mended(content, encoding, is_cut, min_sound=0)
     if b"\0" in content:
         return None
     declared = declared_encoding(content[:4096])
@@ -72,7 +76,7 @@ def decode(content: bytes, *, is_cut: bool = False) -> str | None:
     if text is None and second:
         text = strictly(content, second, is_cut)
     if text is None:
-        text = guess(content)
+        text = mended(content, "utf-8", is_cut) or guess(content)
     return None if text is None or NO_TEXT.search(text, 0, HEAD) else text
 
 
@@ -84,14 +88,25 @@ def strictly(content: bytes, encoding: str, is_cut: bool) -> str | None:
         return None
 
 
+def mended(content: bytes, encoding: str, is_cut: bool, *, min_sound: int = MIN_SOUND) -> str | None:
+    """Decode bytes of which a few are broken, with U+FFFD in their place; None: more than a few are."""
+    text = codecs.getincrementaldecoder(encoding)("replace").decode(content, final=not is_cut)
+    broken = text.count("\ufffd")
+    sound = len(text) - broken - len(text.encode("ascii", "ignore"))
+    return text if broken <= 1 + len(text) // MAX_BROKEN and sound >= min_sound * broken else None
+
+
 def declared_encoding(head: bytes) -> str | None:
     """The encoding that HTML or XML says it has, if it is one that we know."""
     match = DECLARED.search(head)
-    try:
-        name = codecs.lookup(match[1].decode()).name if match else None
-    except LookupError:
+    if match is None:
         return None
-    return WIDER.get(name, name) if name else None
+    try:
+        name = codecs.lookup(match[1].decode()).name
+        bytes(4).decode(name, "ignore")  # LookupError: it is no encoding of text
+    except (LookupError, UnicodeError):
+        return None
+    return None if name in NO_CHARSETS else WIDER.get(name, name)
 
 
 def guess(content: bytes) -> str | None:
