@@ -236,6 +236,14 @@ async def test_a_file_is_read_without_a_server_too(prefix: str) -> None:
     assert "It rained all day." in model.shown[0]
 
 
+async def test_base64_may_be_wrapped() -> None:
+    model = MarkingModel(answer=Marks())
+    wrapped = base64.encodebytes(b"# Rain\n\nIt rained all day. " * 10).decode()
+    assert wrapped.count("\n") > 1
+    await summarize.build(model).runnable.ainvoke({"file": wrapped})
+    assert "It rained all day." in model.shown[0]
+
+
 async def test_what_is_not_in_base64_is_no_file() -> None:
     with pytest.raises(UnreadableFile, match="not in base64"):
         await summarize.build(MarkingModel(answer=Marks())).runnable.ainvoke({"file": "¡no!"})
