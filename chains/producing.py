@@ -76,7 +76,10 @@ class Producer(RunnableGenerator[Any, T], Generic[T]):
 
 
 def added(pieces: Sequence[Any]) -> Any:
-    """What comes out if pieces are added up: texts, lists, dicts of them. Raises ValueError if there is none."""
+    """What comes out if pieces are added up: texts, messages, `AddableDict`s of texts and lists, whatever else can be.
+
+    Raises ValueError if there is none, and TypeError if they cannot be added up.
+    """
     match pieces:
         case []:
             raise ValueError("nothing came in or out")
@@ -86,7 +89,7 @@ def added(pieces: Sequence[Any]) -> Any:
             return "".join(pieces)
         case [list(), *_]:
             return [*chain.from_iterable(pieces)]
-        case [dict(), *_]:  # added up one by one, each would copy all before it
+        case [AddableDict(), *_]:  # added up one by one, each would copy all before it
             keys = dict.fromkeys(key for piece in pieces for key in piece)
             return AddableDict({key: added([piece[key] for piece in pieces if key in piece]) for key in keys})
         case _:

@@ -45,4 +45,8 @@ class LinearLog(RunnableBinding[Any, Any]):  # type: ignore[no-redef]
                 if told:
                     yield RunLogPatch(*told)
         if pieces:
-            yield RunLogPatch({"op": "replace", "path": "/final_output", "value": added(pieces)})
+            try:
+                whole = added(pieces)
+            except TypeError:
+                whole = pieces[-1]
+            yield RunLogPatch({"op": "replace", "path": "/final_output", "value": whole})

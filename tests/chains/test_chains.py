@@ -8,6 +8,7 @@ import pytest
 from langchain_core.language_models import FakeListChatModel, GenericFakeChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables.utils import AddableDict
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from chains import CHAINS, Chain, brief, build_chains, chat, summarize, translate
@@ -248,7 +249,7 @@ async def test_arguments_that_mean_nothing_are_refused(model: ChatLLaMA3, name: 
 
 def test_pieces_add_up_whatever_they_are() -> None:
     assert added(["a", "b", ""]) == "ab"
-    assert added([{"text": "a"}, {"segments": [1]}, {"text": "b", "segments": [2, 3]}]) == {
+    assert added([AddableDict(text="a"), AddableDict(segments=[1]), AddableDict(text="b", segments=[2, 3])]) == {
         "text": "ab",
         "segments": [1, 2, 3],
     }
