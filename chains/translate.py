@@ -153,12 +153,10 @@ class Translation:
                 yield piece
 
     def _budget(self, wish: Wish, options: Mapping[str, Any]) -> int:
-        max_tokens = options.get("max_tokens")
-        tokens = segment_tokens(wish, self._measure, max_tokens=max_tokens)
+        tokens = segment_tokens(wish, self._measure, max_tokens=options.get("max_tokens"))
         if tokens < MIN_BUDGET:
-            besides = f"answers of {max_tokens} tokens" if max_tokens else "this glossary"
-            field = "glossary" if wish.glossary and not max_tokens else "text"
-            raise InputError(field, f"the context of {self._measure.context} tokens has no room for {besides}")
+            context = self._measure.context
+            raise InputError("glossary", f"the model's context of {context} tokens has no room for this glossary")
         return tokens
 
 

@@ -130,11 +130,12 @@ def segment_tokens(wish: Wish, measure: Measure, *, max_tokens: int | None) -> i
     Args:
         wish: What is asked for.
         measure: The model's.
-        max_tokens: Of an answer; None: as many as a translation may take.
+        max_tokens: Of an answer; None: as many as a translation may take. If they leave no room, whoever asks the model
+            is told so by it.
     """
     room = measure.context - wish.overhead(measure)
-    if max_tokens is not None:
-        return min(SEGMENT_TOKENS, room - max_tokens)
+    if max_tokens is not None and room >= MIN_BUDGET:
+        return min(SEGMENT_TOKENS, max(MIN_BUDGET, room - max_tokens))
     return min(SEGMENT_TOKENS, (room - EXTRA_TOKENS) // (1 + 2 * wish.growth))
 
 
