@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableLambda
 from pydantic import ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
@@ -47,16 +47,17 @@ def _of_translation(value: dict[str, Any], summary: str) -> dict[str, Any]:
     return {**wished, "text": summary, "source_language": value.get("language")}
 
 
-def _of_any_length(_: RunnableConfig) -> RunnableConfig:
-    """The summary's length is not that of each segment of its translation."""
-    return {"configurable": {"max_tokens": None, "stop": None}}
+OF_ANY_LENGTH = {"max_tokens": None, "stop": None}
+"""Where the summary ends is not where each segment of its translation does."""
 
 
 def build(model: BaseChatModel) -> Chain:
     """Build the chain over a model."""
     summarizing, translating = summarize.build(model), translate.build(model)
     summarizer = summarizing.runnable
-    translator: Runnable[Any, Any] = RunnableBinding(bound=translating.runnable, config_factories=[_of_any_length])
+    translator: Runnable[Any, Any] = RunnableBinding(
+        bound=translating.runnable, config_factories=[lambda _: {"configurable": OF_ANY_LENGTH}]
+    )
 
     def deliver(value: dict[str, Any]) -> Runnable[Any, Any]:  # no `assign`: what it runs goes on when it is cancelled
         translation = RunnableLambda(partial(_of_translation, value)) | translator
@@ -65,7 +66,7 @@ def build(model: BaseChatModel) -> Chain:
         return RunnableLambda(_of_summary) | summarizer | if_any
 
     def messages(value: dict[str, Any], configurable: Mapping[str, Any]) -> list[BaseMessage]:
-        translating.messages(_of_translation(value, "A summary."), configurable)
+        translating.messages(_of_translation(value, "A summary."), {**configurable, **OF_ANY_LENGTH})
         return summarizing.messages(_of_summary(value), configurable)
 
     def num_tokens(value: dict[str, Any], limit: int) -> int:

@@ -22,12 +22,13 @@ class Segment:
     head: str
     """White space, marks, code: what stays."""
     lead: str
-    """What comes out for it: the same, but after words of a list or quote that had to be cut."""
+    """What comes out for it. The same, but between the pieces of words that are shown otherwise than they stand in the
+    text (`Part.shown`): there, what stands between them as they are shown."""
     words: str
     """What is to be translated; no white space around it."""
     written: str
-    """How that stands in the text: the same, but for line ends and marks where it is wrapped in a list or quote. Where
-    such words had to be cut, this is all of them for the first piece, and nothing for the others."""
+    """How that stands in the text: the same, but for words that are shown otherwise. Where such had to be cut, this is
+    all of them for the first piece, and nothing for the others."""
     is_line: bool = False
     """What stands for the words must be one line."""
     end: int

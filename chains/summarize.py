@@ -128,9 +128,12 @@ class SummarizeInput(BaseModel):
 
 def _decode(file: str) -> bytes:
     """The bytes of base64, in lines or not, or of a data URL. Raises ValueError."""
-    encoded = file.partition(",")[2] if file.startswith("data:") else file
-    if any(space in encoded for space in " \r\n"):
-        encoded = "".join(encoded.split())
+    encoded = file
+    if file.startswith("data:"):
+        head, _, encoded = file.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError("the data URL does not say ;base64")
+    encoded = encoded.replace("\r", "").replace("\n", "")
     if encoded.find("=", 0, -2) >= 0:
         raise ValueError("there is padding before its end")
     # Piece by piece: Python's other threads stand still while one is decoded.

@@ -238,9 +238,7 @@ class Summarizer:
         if most and words > most:
             self.told.problems.append(f"{words} words where at most {most} were asked for")
         if self.told.num_cut_off:
-            self.told.problems.append(
-                f"{self.told.num_cut_off} summaries of parts were cut off at their greatest length"
-            )
+            self.told.problems.append(f"cut off at their greatest length: {self.told.num_cut_off} summaries of parts")
         if self.told.finish_reason == "length":
             self.told.problems.append("the summary was cut off at its greatest length")
         if not words:

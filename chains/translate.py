@@ -32,7 +32,7 @@ PRESETS = {"temperature": 0.0, "repetition_penalty": 1.0}
 
 EXAMPLE: dict[str, Any] = {"text": "Good morning, my friends!", "target_language": "French"}
 
-Words = Annotated[str, Field(min_length=1, max_length=100, pattern=r"\S")]
+Words = Annotated[Text, Field(max_length=100)]
 
 
 class Term(BaseModel):
@@ -153,11 +153,16 @@ class Translation:
                 yield piece
 
     def _budget(self, wish: Wish, options: Mapping[str, Any]) -> int:
-        tokens = segment_tokens(wish, self._measure, max_tokens=options.get("max_tokens"))
-        if tokens < MIN_BUDGET:
-            context = self._measure.context
-            raise InputError("glossary", f"the model's context of {context} tokens has no room for this glossary")
-        return tokens
+        measure, max_tokens = self._measure, options.get("max_tokens")
+        tokens = segment_tokens(wish, measure, max_tokens=max_tokens)
+        if tokens >= MIN_BUDGET:
+            return tokens
+        if max_tokens is not None and measure.count_messages(wish.messages("")) + max_tokens > measure.context:
+            return MIN_BUDGET  # whoever asks the model so is told by how much it is too much
+        wanted = [f"a translation into {wish.target}", *(["this glossary"] if wish.glossary else [])]
+        wanted += [f"answers of {max_tokens} tokens"] if max_tokens is not None else []
+        context = f"the model's context of {measure.context} tokens"
+        raise InputError("glossary" if wish.glossary else "text", f"{context} has no room for {' with '.join(wanted)}")
 
 
 def _wish(asked: TranslateInput) -> Wish:

@@ -60,6 +60,8 @@ class SegmentReport(BaseModel):
 
     index: int
     source: str
+    """Of words in a quote, a list item, or with a `[label]`, that had to be cut: all of it with the first piece, and
+    nothing with the others."""
     target: str
     status: Literal["kept", "translated", "mended", "faulty"]
     """kept: there was nothing to translate; mended: right at the second try; faulty: see `problems`."""
@@ -121,7 +123,7 @@ class Wish:
     def overhead(self, measure: Measure) -> int:
         """Tokens of a prompt besides the words, at most."""
         every = " ".join(self.glossary)
-        return measure.count_messages(self.messages(every)) + 2 * CONTEXT_TOKENS
+        return measure.count_messages(self.messages(every, before="…", after="…")) + 2 * CONTEXT_TOKENS
 
 
 def segment_tokens(wish: Wish, measure: Measure, *, max_tokens: int | None) -> int:
@@ -130,12 +132,11 @@ def segment_tokens(wish: Wish, measure: Measure, *, max_tokens: int | None) -> i
     Args:
         wish: What is asked for.
         measure: The model's.
-        max_tokens: Of an answer; None: as many as a translation may take. If they leave no room, whoever asks the model
-            is told so by it.
+        max_tokens: Of an answer; None: as many as a translation may take.
     """
     room = measure.context - wish.overhead(measure)
-    if max_tokens is not None and room >= MIN_BUDGET:
-        return min(SEGMENT_TOKENS, max(MIN_BUDGET, room - max_tokens))
+    if max_tokens is not None:
+        return min(SEGMENT_TOKENS, room - max_tokens)
     return min(SEGMENT_TOKENS, (room - EXTRA_TOKENS) // (1 + 2 * wish.growth))
 
 
@@ -259,8 +260,8 @@ class Translator:
         """
         pieces = finer(segment.words)
         if len(pieces) == 1:
-            half = max(MIN_PIECE, self._count(segment.words) * 2 // 3)
-            pieces = [Part(piece, is_fixed=False) for piece in cut(segment.words, budget=half, count=self._count)]
+            less = max(MIN_PIECE, self._count(segment.words) * 2 // 3)
+            pieces = [Part(piece, is_fixed=False) for piece in cut(segment.words, budget=less, count=self._count)]
         second = Attempt(segment.words, usage=first.usage, finish_reason=first.finish_reason)
         mended, finish_reasons = "", []
         for index, piece in enumerate(pieces):

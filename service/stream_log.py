@@ -18,8 +18,9 @@ class _InPieces(RunnableBinding[Any, Any]):  # type: ignore[no-redef]  # its fie
     """Streams pieces that cannot be added up, so that LangChain does not."""
 
     async def astream(self, input: Any, config: RunnableConfig | None = None, **arguments: Any) -> AsyncIterator[Any]:  # noqa: A002
-        async for piece in super().astream(input, config, **arguments):
-            yield {"piece": piece}
+        async with aclosing(super().astream(input, config, **arguments)) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                yield {"piece": piece}
 
 
 class LinearLog(RunnableBinding[Any, Any]):  # type: ignore[no-redef]
@@ -32,15 +33,19 @@ class LinearLog(RunnableBinding[Any, Any]):  # type: ignore[no-redef]
         **arguments: Any,
     ) -> AsyncIterator[RunLogPatch]:
         """Yield patches, as `Runnable.astream_log` does with `diff`."""
+        bound = _InPieces(
+            bound=self.bound, kwargs=self.kwargs, config=self.config, config_factories=self.config_factories
+        )
         pieces = []
-        async with aclosing(_InPieces(bound=self.bound).astream_log(input, config, **arguments)) as log:  # type: ignore[type-var]
+        async with aclosing(bound.astream_log(input, config, **arguments)) as log:  # type: ignore[type-var]
             async for patch in log:
                 told = []
                 for operation in patch.ops:
                     if operation["path"] == "/streamed_output/-":
+                        told.append({**operation, "value": operation["value"]["piece"]})
+                    elif operation["path"] == "/final_output":
                         pieces.append(operation["value"]["piece"])
-                        told.append({**operation, "value": pieces[-1]})
-                    elif not operation["path"].startswith("/final_output"):
+                    else:
                         told.append(operation)
                 if told:
                     yield RunLogPatch(*told)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.messages.utils import count_tokens_approximately
 
 UNKNOWN_CONTEXT = 4096
 """Tokens, for models that do not say."""
@@ -33,10 +34,10 @@ class Measure:
         return len(text.encode(errors="replace")) // 2 + 1
 
     def count_messages(self, messages: Sequence[BaseMessage]) -> int:
-        """Tokens of a prompt."""
+        """Tokens of a prompt; of a model that cannot say, what LangChain takes for likely."""
         if self._can_count_messages:
             return self._model.get_num_tokens_from_messages(list(messages))
-        return sum(self.count(message.text) + 8 for message in messages)
+        return count_tokens_approximately(messages)
 
     def count_up_to(self, text: str, limit: int) -> int:
         """Tokens of a text, counted window by window until they are more than a limit."""

@@ -131,8 +131,8 @@ class Door:
         reader = FileReader(self._file_limits, turn=partial(self._tokenizing.files.of, key))
         ready, num_tokens = [], 0
         shown: list[tuple[dict[str, Any], int]] = []  # inputs of which only the first prompt, of so many, is counted
+        run = partial(self._tokenizing.run, key=key)
         for call in wanted:
-            run = partial(self._tokenizing.run, key=key)
             value = await run(validate, call.at, chain.input_type, call.input, size=size)
             prepared = await self._prepare(call, value, reader)
             sent = call.input

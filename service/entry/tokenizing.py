@@ -3,7 +3,7 @@ book that somebody else has sent."""
 
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
 import anyio
@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 
 class Turns:
-    """A few places, of which no key has more than one: so nobody waits for more than one turn of each other key."""
+    """A few places, of which no key has more than one: so nobody waits for more than one turn of each other key.
+
+    Where there are no keys (the key is empty), nobody can be told from others: first come, first served.
+    """
 
     def __init__(self, num_places: int) -> None:
         self._places = anyio.CapacityLimiter(num_places)
@@ -29,7 +32,8 @@ class Turns:
     @asynccontextmanager
     async def of(self, key: str) -> AsyncIterator[None]:
         """Have a place for a key, once one is free and the key has no other."""
-        async with self._of.setdefault(key, anyio.Lock()), self._places:
+        own = self._of.setdefault(key, anyio.Lock()) if key else nullcontext()
+        async with own, self._places:
             yield
 
 
@@ -57,4 +61,5 @@ class Tokenizing:
         if size < LARGE:
             return await anyio.to_thread.run_sync(count, *arguments, limiter=self._small)
         async with self._large.of(key):
+            # The turn is the limit; a limiter of its own, so that it takes none of the threads that others share.
             return await anyio.to_thread.run_sync(count, *arguments, limiter=anyio.CapacityLimiter(1))

@@ -170,7 +170,7 @@ async def test_summaries_of_parts_that_were_cut_off_are_counted() -> None:
     model = MarkingModel(answer=lambda shown: "word " * 5000 if PART in shown else "A summary.")
     _, events = await told_of(model, {"text": pages(20)})
     (told,) = [data for name, data in events if name == "summary"]
-    assert told["problems"] == [f"{told['num_parts']} summaries of parts were cut off at their greatest length"]
+    assert told["problems"] == [f"cut off at their greatest length: {told['num_parts']} summaries of parts"]
 
 
 async def test_white_space_is_no_part() -> None:
@@ -244,9 +244,10 @@ async def test_base64_may_be_wrapped() -> None:
     assert "It rained all day." in model.shown[0]
 
 
-async def test_what_is_not_in_base64_is_no_file() -> None:
+@pytest.mark.parametrize("file", ["¡no!", "It rained", "data:text/plain,It rained", "data:text/plain,SGk="])
+async def test_what_is_not_in_base64_is_no_file(file: str) -> None:
     with pytest.raises(UnreadableFile, match="not in base64"):
-        await summarize.build(MarkingModel(answer=Marks())).runnable.ainvoke({"file": "¡no!"})
+        await summarize.build(MarkingModel(answer=Marks())).runnable.ainvoke({"file": file})
 
 
 async def test_options_are_for_the_final_summary() -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from chains import translate
@@ -21,6 +22,7 @@ from chains.documents.inline import has_words
 from chains.documents.languages import find_language
 from chains.documents.markup import parts
 from chains.documents.measure import Measure
+from chains.errors import InputError
 from chains.segments import CONTEXT_TOKENS, segments
 from chains.translate import AT_ONCE
 from chains.translator import SEGMENT_TOKENS, Wish
@@ -422,6 +424,12 @@ def test_a_term_is_a_word_of_its_own_where_words_are_written_apart(term: str, te
     assert bool(wish.terms_in(text)) is is_there
 
 
+@pytest.mark.parametrize("term", ["", " ", "\x1c", "\u3000", "x" * 101])
+def test_a_term_has_something_to_look_for(term: str) -> None:
+    with pytest.raises(ValidationError):
+        translate.TranslateInput(text="Hi!", target_language="German", glossary=[{"term": term, "translation": "x"}])
+
+
 # Languages and limits
 
 
@@ -458,16 +466,37 @@ async def test_a_model_with_little_room_gets_small_segments() -> None:
     assert len(result["segments"]) > 10
 
 
-async def test_long_answers_leave_less_room_for_segments() -> None:
+@pytest.mark.parametrize("max_tokens", [1, 500, *range(1650, 2048, 31)])
+async def test_long_answers_leave_less_room_for_segments_or_are_refused_at_once(max_tokens: int) -> None:
     model = MarkingModel(answer=german, context=2048)
-    options: Any = {"configurable": {"max_tokens": 1700}}
-    asked = {"text": f"Hello.\n\n{BOOK[:5000]}", "target_language": "German", "source_language": "English"}
-    await translate.build(model).runnable.ainvoke(asked, options)
-    assert all(Measure(model).count_messages(call) + 1700 <= 2048 for call in model.calls)
+    chain = translate.build(model)
+    text = f"Hello.\n\n{BOOK[:4000]}"
+    asked = {"text": text, "target_language": "German", "source_language": "English", "glossary": {"truth": "Wahrheit"}}
+    options = {"max_tokens": max_tokens}
+    refusal = ""
+    try:
+        first = Measure(model).count_messages(chain.messages(asked, options))
+    except InputError as error:
+        refusal = str(error)
+    if refusal:
+        assert max_tokens > 1650
+        assert f"answers of {max_tokens} tokens" in refusal
+        return
+    if first + max_tokens > 2048:
+        return  # the service counts, and says so
+    await chain.runnable.ainvoke(asked, {"configurable": options})
+    assert all(Measure(model).count_messages(call) + max_tokens <= 2048 for call in model.calls)
+
+
+async def test_a_context_without_room_says_for_what() -> None:
+    model = MarkingModel(answer=german, context=500)
+    asked = {"text": "Hello there.", "target_language": "Thai", "source_language": "English"}
+    with pytest.raises(InputError, match="context of 500 tokens has no room for a translation into Thai"):
+        await translate.build(model).runnable.ainvoke(asked)
 
 
 async def test_a_glossary_that_fills_the_context_is_refused() -> None:
     model = MarkingModel(answer=german, context=700)
     terms = {f"term number {index} of these": "x" * 60 for index in range(100)}
-    with pytest.raises(ValueError, match="context of 700 tokens has no room for this glossary"):
+    with pytest.raises(ValueError, match=r"context of 700 tokens has no room for .* with this glossary"):
         await document(model, "Hello there, my friend.", glossary=terms)

@@ -23,6 +23,7 @@ PIECES: dict[str, list[Any]] = {
     "dicts that cannot": [{"text": "a"}, {"text": "b"}],
     "numbers": [1, 2, 3],
     "one": ["It rained."],
+    "one empty": [""],
     "none": [],
 }
 
@@ -50,3 +51,20 @@ async def test_what_readers_put_together_is_the_same(name: str) -> None:
     assert ours["final_output"] == theirs["final_output"]
     assert ours["logs"].keys() == theirs["logs"].keys()
     assert ours["name"] == theirs["name"] == "story"
+
+
+@pytest.mark.filterwarnings("ignore:astream_log is deprecated")
+async def test_an_error_comes_after_the_pieces_before_it() -> None:
+    async def stream(_: AsyncIterator[Any]) -> AsyncIterator[str]:
+        yield "It "
+        raise LookupError("no weather")
+
+    said: list[str] = []
+
+    async def read() -> None:
+        async for patch in LinearLog(bound=RunnableGenerator(stream)).astream_log("Tell!"):
+            said.extend(operation["value"] for operation in patch.ops if operation["path"] == "/streamed_output/-")
+
+    with pytest.raises(LookupError, match="no weather"):
+        await read()
+    assert said == ["It "]

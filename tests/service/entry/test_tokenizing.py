@@ -5,8 +5,9 @@ from collections.abc import Callable
 from functools import partial
 
 import anyio
+import pytest
 
-from service.entry.tokenizing import LARGE, Tokenizing
+from service.entry.tokenizing import LARGE, Tokenizing, Turns
 
 
 async def started(condition: Callable[[], bool]) -> None:
@@ -56,3 +57,23 @@ async def test_a_request_that_is_cancelled_gives_its_turn_away() -> None:
         go_on.set()
     with anyio.fail_after(5):
         assert await tokenizing.run(len, "", key="eve", size=LARGE) == 0
+
+
+@pytest.mark.parametrize(("keys", "at_once"), [("ada ada ada", 1), ("ada bob ada eve", 2), (",,,", 2)])
+async def test_a_key_has_one_place_and_where_there_are_no_keys_whoever_comes_first_has_all(
+    keys: str, at_once: int
+) -> None:
+    turns, running, most = Turns(2), 0, 0
+
+    async def take(key: str) -> None:
+        nonlocal running, most
+        async with turns.of(key):
+            running += 1
+            most = max(most, running)
+            await anyio.sleep(0.02)
+            running -= 1
+
+    async with anyio.create_task_group() as others:
+        for key in keys.replace(",", " ,").split():
+            others.start_soon(take, key.strip(","))
+    assert most == at_once
