@@ -1,6 +1,7 @@
 """How one segment is translated: asked for, looked at, and if it is not good, asked for again in smaller pieces."""
 
 import asyncio
+import math
 import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -234,11 +235,14 @@ class Translator:
             return
         attempt = Attempt(segment.words)
         may_flow = self._is_streamed and not segment.is_line and all(not part.is_fixed for part in finer(segment.words))
+        # An answer that is too short for a copy of all is no copy, but cut off, and not tried again.
+        may_be_copy = self._options.get("max_tokens", math.inf) >= self._count(segment.words)
         name = f"segment {segment.index + 1}"
         async with aclosing(self._ask(segment.words, name, before=segment.before, after=segment.after)) as chunks:
             async for chunk in chunks:
                 attempt.add(chunk)
-                if may_flow and its_turn.is_set() and not (attempt.is_copy or attempt.has_new_marks):
+                is_held = (may_be_copy and attempt.is_copy) or attempt.has_new_marks
+                if may_flow and its_turn.is_set() and not is_held:
                     yield attempt.take()
         attempt.problems = await asyncio.to_thread(self._problems, attempt, is_line=segment.is_line)
         status: Literal["translated", "mended", "faulty"] = "faulty" if attempt.problems else "translated"

@@ -283,6 +283,17 @@ async def test_numbers_flow(answer: str) -> None:
     assert len(pieces) > 1
 
 
+@pytest.mark.parametrize(("max_tokens", "flows"), [(None, False), (100, False), (8, True)])
+async def test_a_copy_is_held_until_it_is_whole_unless_it_cannot_be(max_tokens: int | None, flows: bool) -> None:
+    text = "These are words of a sentence that is long enough for a copy."
+    chain = translate.build(MarkingModel(answer=lambda text: text)).runnable
+    asked = {"text": text, "target_language": "German", "source_language": "English"}
+    options: Any = {"configurable": {"max_tokens": max_tokens}}
+    pieces = [piece async for piece in chain.astream(asked, options)]
+    assert (len(pieces) > 3) is flows
+    assert text.startswith("".join(pieces))
+
+
 async def test_what_comes_after_new_marks_is_told() -> None:
     chain = translate.build_document(MarkingModel(answer=lambda text: "Ein {neues} Wort.")).runnable
     asked = {"text": "This is a word.", "target_language": "German", "source_language": "English"}
