@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from langchain_core._api import LangChainDeprecationWarning
+from pydantic.warnings import UnsupportedFieldAttributeWarning
 from sse_starlette.sse import unpatch_uvicorn_signal_handler
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -34,6 +35,10 @@ from service.records.recorder import Recorder
 from service.routes import host
 from service.server.disconnect import CancelOnDisconnect
 from service.settings import Settings, SettingsError
+
+# FastAPI hides this one from itself for a moment; but an engine that loads in another thread does the like, and who comes
+# out last puts the filters back as they were for him.
+warnings.filterwarnings("ignore", category=UnsupportedFieldAttributeWarning)
 
 
 def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, engine: Engine) -> FastAPI:
