@@ -36,8 +36,8 @@ from service.routes import host
 from service.server.disconnect import CancelOnDisconnect
 from service.settings import Settings, SettingsError
 
-# FastAPI hides this one from itself for a moment; but an engine that loads in another thread does the like, and who comes
-# out last puts the filters back as they were for him.
+# FastAPI hides this one while it makes its fields; but an engine that loads in another thread does the like,
+# and the last of them puts the filters back as it found them.
 warnings.filterwarnings("ignore", category=UnsupportedFieldAttributeWarning)
 
 
