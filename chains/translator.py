@@ -150,6 +150,7 @@ class Attempt:
     num_out: int = 0
     """Characters of `text` that have gone out."""
     finish_reason: str | None = None
+    stop_reason: str | None = None
     usage: UsageMetadata | None = None
     problems: list[str] = field(default_factory=list)
     mended: str | None = None
@@ -159,8 +160,14 @@ class Attempt:
         """Take in more of the answer."""
         self.raw += chunk.text
         self.finish_reason = chunk.response_metadata.get("finish_reason") or self.finish_reason
+        self.stop_reason = chunk.response_metadata.get("stop_reason", self.stop_reason)
         if isinstance(chunk, AIMessageChunk):
             self.usage = add_usage(self.usage, chunk.usage_metadata) if chunk.usage_metadata else self.usage
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it ended before the model had said all."""
+        return self.finish_reason == "length" or self.stop_reason is not None
 
     @property
     def text(self) -> str:
@@ -208,7 +215,8 @@ class Translator:
         Args:
             model: Any chat model.
             wish: What is asked for.
-            options: Call arguments for the model; `max_tokens` are those of a segment: what is cut off there is told.
+            options: Call arguments for the model; `max_tokens` and `stop` are for each segment: what they
+                cut off is told.
             config: Of the run that this is part of.
             measure: The model's.
             total: Characters of the text.
@@ -246,7 +254,9 @@ class Translator:
                     yield attempt.take()
         attempt.problems = await asyncio.to_thread(self._problems, attempt, is_line=segment.is_line)
         status: Literal["translated", "mended", "faulty"] = "faulty" if attempt.problems else "translated"
-        is_short_as_asked = attempt.problems == [TRUNCATED] and "max_tokens" in self._options
+        is_short_as_asked = attempt.stop_reason is not None or (
+            attempt.finish_reason == "length" and "max_tokens" in self._options
+        )
         if attempt.problems and not attempt.num_out and not is_short_as_asked:
             first = attempt
             async with aclosing(self._again(segment, first, name)) as growing:
@@ -279,7 +289,7 @@ class Translator:
                     attempt.add(chunk)
             is_line = segment.is_line or (len(pieces) > 1 and "\n" not in words)
             problems = await asyncio.to_thread(self._problems, attempt, is_line=is_line)
-            is_of_use = problems in ([], [TRUNCATED])
+            is_of_use = not problems or (attempt.is_cut_off and attempt.text)
             before, _, after = piece.text.partition(words)
             mended += before + (attempt.text if is_of_use else words) + after
             second.problems += problems
@@ -308,10 +318,12 @@ class Translator:
 
     def _problems(self, attempt: Attempt, *, is_line: bool) -> list[str]:
         words, text = attempt.words, attempt.text
+        if attempt.stop_reason is not None:
+            return [f"the answer was cut off at “{attempt.stop_reason}”"]
         if not text:
             return ["the answer was empty"]
         if attempt.finish_reason == "length":
-            return [TRUNCATED]
+            return ["the answer was cut off at its greatest length"]
         if self._is_untranslated(words, text):
             return [UNTRANSLATED]
         return faults(words, text, is_line=is_line)
@@ -346,7 +358,6 @@ class Translator:
 
 
 UNTRANSLATED = "it came back untranslated"
-TRUNCATED = "the answer was cut off at its greatest length"
 MARKS = frozenset("`*#|<>[]{}$%\\~=")
 ITEM = re.compile(r"(?:[-+]|\d{1,9}[.)])(?:\s|$)|\d{1,9}$")
 """What a list's item begins with, or may."""

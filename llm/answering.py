@@ -93,6 +93,8 @@ def generation_info(chunk: Chunk, engine: Engine, model_name: str) -> dict[str, 
     info: dict[str, Any] = {}
     if chunk.finish_reason is not None:
         info |= {"finish_reason": str(chunk.finish_reason), "model_name": model_name}
+    if chunk.stop_reason is not None:
+        info["stop_reason"] = chunk.stop_reason
     if chunk.logprobs:
         spell = engine.checkpoint.tokenizer.convert_ids_to_tokens
         info["logprobs"] = {

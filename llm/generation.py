@@ -60,7 +60,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer. Only the last one has `finish_reason` and `usage`.
+    """A piece of an answer. Only the last one has `finish_reason`, `stop_reason` and `usage`.
 
     `text` may lag behind `token_ids`: it holds whole characters only, and nothing that could begin a stop string.
     """
@@ -70,6 +70,8 @@ class Chunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    stop_reason: str | None = None
+    """The stop string that ended it, by the name that vLLM gives it; None if the model ended its turn."""
 
     @classmethod
     def join(cls, chunks: Iterable["Chunk"]) -> "Chunk":
@@ -83,6 +85,7 @@ class Chunk:
             tuple(chain.from_iterable(piece.logprobs for piece in pieces)),
             next((piece.finish_reason for piece in reversed(pieces) if piece.finish_reason is not None), None),
             next((piece.usage for piece in reversed(pieces) if piece.usage is not None), None),
+            next((piece.stop_reason for piece in reversed(pieces) if piece.stop_reason is not None), None),
         )
 
     def __add__(self, other: "Chunk") -> "Chunk":

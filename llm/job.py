@@ -40,7 +40,7 @@ class Job(Generic[S]):
             finish_reason = FinishReason.STOP
         else:
             text = self._text.push((token.id,))
-            if self._text.is_stopped:
+            if self._text.stopped_at is not None:
                 finish_reason = FinishReason.STOP
             elif self.num_tokens == self._max_tokens:
                 finish_reason = FinishReason.LENGTH
@@ -50,4 +50,5 @@ class Job(Generic[S]):
             logprobs=() if token.logprob is None else (token.logprob,),
             finish_reason=finish_reason,
             usage=Usage(len(self.request.prompt), self.num_tokens, num_cached) if finish_reason else None,
+            stop_reason=self._text.stopped_at,
         )

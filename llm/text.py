@@ -67,16 +67,16 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.is_found = False
+        self.found: str | None = None
 
     def push(self, text: str) -> str:
         """Take in more text; return what can be sent."""
         held = self._held + text
-        found = [(start + len(stop), start) for stop in self._stops if (start := held.find(stop)) >= 0]
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := held.find(stop)) >= 0]
         if found:
-            self.is_found = True
+            _, start, self.found = min(found)
             self._held = ""
-            return held[: min(found)[1]]
+            return held[:start]
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
@@ -103,9 +103,9 @@ class TextStream:
         self._stops = StopStrings(stops)
 
     @property
-    def is_stopped(self) -> bool:
-        """True once a stop string was found: no more text will come."""
-        return self._stops.is_found
+    def stopped_at(self) -> str | None:
+        """The stop string, once one was found: no more text will come."""
+        return self._stops.found
 
     def push(self, ids: Sequence[int]) -> str:
         """Take in new ids; return the text that can be sent."""

@@ -28,6 +28,8 @@ def cut(text: str, *, budget: int, count: Callable[[str], int]) -> list[str]:
     """
     if budget < MIN_BUDGET:
         raise ValueError(f"a budget must be at least {MIN_BUDGET}, not {budget}")
+    if 0 < len(text) <= _window(budget) and count(text) <= budget:
+        return [text]  # whatever its pieces count: one may count more than all
     pieces = list(_merged(_pieces(text, budget, count), budget, count))
     if len(pieces) > 1 and count(pieces[-1]) < budget // 4:
         pieces[-2:] = _halves(pieces[-2] + pieces[-1], budget, count) or pieces[-2:]
@@ -36,8 +38,7 @@ def cut(text: str, *, budget: int, count: Callable[[str], int]) -> list[str]:
 
 def _pieces(text: str, budget: int, count: Callable[[str], int]) -> Iterator[str]:
     """Pieces, greedily from the start; what a window's end has torn is cut anew in the next window."""
-    first_window = min(budget * _CHARS_PER_UNIT, _MAX_WINDOW)
-    start, window = 0, first_window
+    start, window = 0, _window(budget)
     while start < len(text):
         part = text[start : start + window]
         is_last = start + window >= len(text)
@@ -49,7 +50,12 @@ def _pieces(text: str, budget: int, count: Callable[[str], int]) -> Iterator[str
         for chunk in whole:
             yield from _within(chunk, budget, count)
         start += sum(map(len, whole))
-        window = first_window  # what follows may count more, and a needlessly large window costs its square
+        window = _window(budget)  # what follows may count more, and a needlessly large window costs its square
+
+
+def _window(budget: int) -> int:
+    """Characters of the first window."""
+    return min(budget * _CHARS_PER_UNIT, _MAX_WINDOW)
 
 
 def _merged(pieces: Iterator[str], budget: int, count: Callable[[str], int]) -> Iterator[str]:

@@ -26,6 +26,7 @@ from chains.errors import InputError
 from chains.segments import CONTEXT_TOKENS, segments
 from chains.translate import AT_ONCE
 from chains.translator import SEGMENT_TOKENS, Wish
+from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
 from llm.loading import prepare
 from tests.chains.marking import Answer, MarkingModel
 
@@ -386,6 +387,19 @@ async def test_a_length_that_was_asked_for_is_told_and_not_tried_again() -> None
     assert (segment["status"], segment["finish_reason"]) == ("faulty", "length")
     assert segment["problems"] == ["the answer was cut off at its greatest length"]
     assert len(model.calls) == 1
+
+
+@pytest.mark.parametrize(("stop", "left"), [("Satz", "Das ist ein ganz gewöhnlicher deutscher"), ("Das", "")])
+async def test_what_a_stop_string_cuts_off_is_told_and_not_tried_again(stop: str, left: str) -> None:
+    engine = ScriptedEngine(lambda message: german(message) if "sea" in message else "Regen.")
+    chain = translate.build_document(ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))).runnable
+    text = "The sea is wide and deep and cold and blue and old.\n\nIt rained."
+    asked = {"text": text, "target_language": "German", "source_language": "English"}
+    result = await chain.ainvoke(asked, {"configurable": {"stop": [stop]}})
+    engine.close()
+    assert result["text"] == f"{left}\n\nRegen."
+    assert statuses(result) == ["faulty", "translated"]
+    assert result["segments"][0]["problems"] == [f"the answer was cut off at “{stop}”"]
 
 
 @pytest.mark.parametrize("language", FREEDOM)

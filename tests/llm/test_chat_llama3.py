@@ -122,6 +122,16 @@ def test_stop_is_honoured_as_argument_as_default_and_bound(engine: ScriptedEngin
     assert ChatLLaMA3(llm=llm).bind(stop=["said"]).invoke("one").content == "You "
 
 
+@pytest.mark.parametrize(("stops", "told"), [([], None), (["never"], None), (["never", "two"], "two")])
+async def test_the_stop_string_that_ended_an_answer_is_told(
+    model: ChatLLaMA3, stops: list[str], told: str | None
+) -> None:
+    streamed = [chunk async for chunk in model.astream("one two", stop=stops)]
+    for answer in (await model.ainvoke("one two", stop=stops), sum(streamed[1:], streamed[0])):
+        assert answer.response_metadata["finish_reason"] == "stop"
+        assert answer.response_metadata.get("stop_reason") == told
+
+
 def test_logprobs_are_told_in_openais_shape(model: ChatLLaMA3) -> None:
     answer = model.invoke("Hi", logprobs=1, max_tokens=3)
 

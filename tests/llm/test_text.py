@@ -123,20 +123,21 @@ def cuts(text: str, at: list[int]) -> Iterator[str]:
     st.lists(st.integers(0, 30)),
 )
 def test_a_stop_string_ends_the_text_however_it_was_cut(text: str, stops: list[str], at: list[int]) -> None:
-    ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
-    expected = text[: min(ends)[1]] if ends else text
+    ends = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in stops if stop in text]
+    _, end, found = min(ends, default=(None, len(text), None))
+    expected = text[:end]
     matcher = StopStrings(stops)
 
     sent = ""
     for piece in cuts(text, at):
         sent += matcher.push(piece)
         assert expected.startswith(sent), "something was sent that belongs to a stop string"
-        if matcher.is_found:
+        if matcher.found is not None:
             break
     sent += matcher.flush()
 
     assert sent == expected
-    assert matcher.is_found == bool(ends)
+    assert matcher.found == found
 
 
 def test_a_stop_string_over_several_tokens_is_never_sent_in_part(llama3: PreTrainedTokenizerFast) -> None:
@@ -146,7 +147,7 @@ def test_a_stop_string_over_several_tokens_is_never_sent_in_part(llama3: PreTrai
     sent = []
     for token_id in ids:
         sent.append(stream.push([token_id]))
-        if stream.is_stopped:
+        if stream.stopped_at is not None:
             break
 
     assert "".join(sent) == "The end. "

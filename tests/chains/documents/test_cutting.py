@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -88,6 +88,7 @@ COUNTERS = [embedded_tokens, byte_tokens, quarter_of_characters, moody]
 @pytest.mark.parametrize("count", COUNTERS)
 @settings(max_examples=550, deadline=None)
 @given(text=texts, budget=budgets)
+@example(text="\n00000\n", budget=8)
 def test_pieces_are_the_text_none_is_empty_and_none_is_over_budget(
     count: Callable[[str], int], text: str, budget: int
 ) -> None:
