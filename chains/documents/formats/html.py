@@ -1,4 +1,4 @@
-"""HTML: what a reader would see of it, as Markdown. Its tags are followed as they come, so no nesting is too deep."""
+"""HTML: what a reader would see of it, as Markdown. Its tags are followed as they come, and no tree is built."""
 
 import re
 
@@ -9,10 +9,14 @@ from chains.documents.formats import Blocks, FileLimits, FileText, damaged, plai
 DROPPED = frozenset({"script", "style", "template", "noscript", "svg", "iframe"})
 HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 # fmt: off
-BLOCKS = frozenset(HEADINGS) | {
-    "address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details", "dialog", "div",
-    "dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "header", "hr", "html", "li", "main",
-    "menu", "nav", "ol", "p", "pre", "section", "summary", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
+BOXES = frozenset({
+    "article", "aside", "blockquote", "center", "details", "dialog", "div", "dl", "fieldset", "figure", "footer",
+    "form", "header", "main", "menu", "nav", "ol", "section", "table", "ul",
+})
+"""Blocks that nobody leaves open. Paragraphs, fonts and the like are left open by thousands in old pages."""
+BLOCKS = BOXES | frozenset(HEADINGS) | {
+    "address", "body", "caption", "dd", "dt", "figcaption", "hr", "html", "li", "p", "pre", "summary", "tbody", "td",
+    "tfoot", "th", "thead", "tr",
 }
 INLINE = frozenset({
     "a", "abbr", "acronym", "b", "bdi", "bdo", "big", "cite", "code", "data", "del", "dfn", "em", "font", "i", "ins",
@@ -21,6 +25,9 @@ INLINE = frozenset({
 })
 """Parts of a word may be in them. The others are apart, even those that nobody has heard of."""
 # fmt: on
+MAX_BOXES = 1_000
+"""Boxes inside each other: about twice as many as Chromium keeps (512 elements)."""
+
 MAX_TABLES = 20
 """Tables inside each other; what is deeper is read as paragraphs."""
 
@@ -60,6 +67,7 @@ class Page:
     def __init__(self, max_text: int) -> None:
         self.blocks = Blocks(max_text)
         self.title: list[str] = []
+        self.num_boxes = 0
         self.line: list[str] = []
         self.marker = ""
         self.lists: list[int | None] = []
@@ -70,6 +78,9 @@ class Page:
         self.in_pre = 0
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
+        self.num_boxes += tag in BOXES
+        if self.num_boxes > MAX_BOXES:
+            raise damaged(f"it is nested too deeply: more than {MAX_BOXES:,} boxes are inside each other")
         if self.dropping or tag in DROPPED:
             self.dropping += tag in DROPPED
             return
@@ -87,6 +98,7 @@ class Page:
                 self.set_apart(tag)
 
     def end(self, tag: str) -> None:
+        self.num_boxes -= tag in BOXES
         if self.dropping:
             self.dropping -= tag in DROPPED
             return

@@ -311,11 +311,22 @@ class TestHtml:
         page = f"<table><tr><td><h1>News</h1><p>{'word ' * 300}</p></td><td><p>Aside</p></td></tr></table>"
         assert (await read(page.encode())).text == f"# News\n\n{('word ' * 300).strip()}\n\nAside"
 
-    async def test_a_hundred_thousand_boxes_in_each_other_are_read(self) -> None:
-        assert await read(making.nested_html(100_000)) == FileText("Deep", "At the bottom.\n\nAfter.", "html", None)
+    async def test_boxes_in_each_other_are_read_up_to_a_thousand(self) -> None:
+        text = FileText("Deep", "At the bottom.\n\nAfter.", "html", None)
+        assert await read(making.nested_html(1_000)) == text
+        assert (await read(b"<!doctype html>" + b"<div>a</div>" * 3_000)).text.count("a") == 3_000
+        for depth in (1_001, 100_000):
+            assert "nested too deeply: more than 1,000 boxes" in await refusal(making.nested_html(depth))
 
-    @pytest.mark.parametrize("tags", ["<ul><li>", "<table><tr><td>", "<b>", "<pre>", "<h1>"])
-    async def test_whatever_is_nested_is_read(self, tags: str) -> None:
+    @pytest.mark.parametrize("tags", ["<ul><li>", "<table><tr><td>", "<center><blockquote>", "<form><fieldset>"])
+    async def test_whatever_the_boxes_are(self, tags: str) -> None:
+        num_boxes = len(tags.replace("<li>", "").replace("<tr><td>", "").split("<")) - 1
+        page = b"<!doctype html>" + tags.encode() * (1_000 // num_boxes) + b"deep"
+        assert "deep" in (await read(page)).text
+        assert "nested too deeply" in await refusal(page + tags.encode())
+
+    @pytest.mark.parametrize("tags", ["<b>", "<pre>", "<h1>", "<p><font>", "<a name=x><p>", "<tr><td><i>"])
+    async def test_what_old_pages_leave_open_is_read_however_deep(self, tags: str) -> None:
         assert "deep" in (await read(b"<!doctype html>" + tags.encode() * 50_000 + b"deep")).text
 
     async def test_an_unclosed_menu_does_not_swallow_the_page(self) -> None:
