@@ -3,7 +3,7 @@
 import asyncio
 import math
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -146,11 +146,14 @@ class Attempt:
     """An answer as it comes."""
 
     words: str
+    stops: Collection[str] = ()
+    """The stop strings that were asked for."""
     raw: str = ""
     num_out: int = 0
     """Characters of `text` that have gone out."""
     finish_reason: str | None = None
     stop_reason: str | None = None
+    """The stop string that ended it, if one did."""
     usage: UsageMetadata | None = None
     problems: list[str] = field(default_factory=list)
     mended: str | None = None
@@ -160,7 +163,9 @@ class Attempt:
         """Take in more of the answer."""
         self.raw += chunk.text
         self.finish_reason = chunk.response_metadata.get("finish_reason") or self.finish_reason
-        self.stop_reason = chunk.response_metadata.get("stop_reason", self.stop_reason)
+        # Some models tell of any end by this name: Anthropic's call it `end_turn`.
+        if (stop_reason := chunk.response_metadata.get("stop_reason")) in self.stops:
+            self.stop_reason = stop_reason
         if isinstance(chunk, AIMessageChunk):
             self.usage = add_usage(self.usage, chunk.usage_metadata) if chunk.usage_metadata else self.usage
 
@@ -241,7 +246,7 @@ class Translator:
         if not segment.words:
             yield self._report(segment, Attempt(""), "kept")
             return
-        attempt = Attempt(segment.words)
+        attempt = Attempt(segment.words, self._options.get("stop", ()))
         may_flow = self._is_streamed and not segment.is_line and all(not part.is_fixed for part in finer(segment.words))
         # An answer that is too short for a copy of all is no copy, but cut off, and not tried again.
         may_be_copy = self._options.get("max_tokens", math.inf) >= self._count(segment.words)
@@ -283,7 +288,7 @@ class Translator:
             if piece.is_fixed or not any(map(str.isalpha, words)):
                 mended += piece.text
                 continue
-            attempt = Attempt(words)
+            attempt = Attempt(words, self._options.get("stop", ()))
             async with aclosing(self._ask(words, f"{name}, again {index + 1}", times=2)) as chunks:
                 async for chunk in chunks:
                     attempt.add(chunk)

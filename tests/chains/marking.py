@@ -26,6 +26,8 @@ class MarkingModel(BaseChatModel):
 
     answer: Answer
     context: int = 4096
+    stop_reason: str | None = None
+    """What it tells of its end besides."""
     obeys: bool = True
     """Whether it ends at `max_tokens`."""
     delay_s: float = 0.0
@@ -123,7 +125,8 @@ class MarkingModel(BaseChatModel):
         tokens = self.get_num_tokens(text)
         prompt = sum(self.get_num_tokens(message.text) for message in messages)
         usage = UsageMetadata(input_tokens=prompt, output_tokens=tokens, total_tokens=prompt + tokens)
-        yield self._chunk("", usage_metadata=usage, response_metadata={"finish_reason": finish_reason})
+        why = {"finish_reason": finish_reason, "stop_reason": self.stop_reason}
+        yield self._chunk("", usage_metadata=usage, response_metadata=why)
 
     def _chunk(self, text: str, **more: Any) -> ChatGenerationChunk:
         return ChatGenerationChunk(message=AIMessageChunk(content=text, **more))

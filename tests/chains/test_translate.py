@@ -402,6 +402,14 @@ async def test_what_a_stop_string_cuts_off_is_told_and_not_tried_again(stop: str
     assert result["segments"][0]["problems"] == [f"the answer was cut off at “{stop}”"]
 
 
+@pytest.mark.parametrize("reason", ["end_turn", None])
+async def test_a_reason_to_stop_that_nobody_asked_for_cuts_nothing_off(reason: str | None) -> None:
+    chain = translate.build_document(MarkingModel(answer=german, stop_reason=reason)).runnable
+    asked = {"text": "A sentence of some length.", "target_language": "German", "source_language": "English"}
+    for options in ({}, {"stop": ["never"]}):
+        assert statuses(await chain.ainvoke(asked, {"configurable": options})) == ["translated"]
+
+
 @pytest.mark.parametrize("language", FREEDOM)
 def test_no_language_needs_more_tokens_than_a_translation_may_have(language: str, tokenizer: Tokenizer) -> None:
     wish = Wish(source=None, target=find_language(language), formality=None, glossary={})
