@@ -23,7 +23,8 @@ from chains.options import with_options, without_null
 from chains.producing import Producer
 from chains.segments import segments
 from chains.texts import LanguageName, Text
-from chains.translator import MIN_BUDGET, SegmentReport, Translator, Wish, segment_tokens
+from chains.translation_prompt import MIN_BUDGET, Wish, segment_tokens
+from chains.translator import SegmentReport, Translator
 
 AT_ONCE = 16
 """Segments that are translated at once, at most."""

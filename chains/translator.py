@@ -11,47 +11,17 @@ from typing import Any, Literal, Self
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 from langchain_core.messages.ai import AIMessageChunk, UsageMetadata, add_usage
-from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import patch_config
 from pydantic import BaseModel, ConfigDict
 
 from chains.documents.cutting import MIN_BUDGET as MIN_PIECE
 from chains.documents.cutting import cut
-from chains.documents.languages import Language, is_written_in
+from chains.documents.languages import is_written_in
 from chains.documents.markup import Part, faults, finer
 from chains.documents.measure import Measure
-from chains.segments import CONTEXT_TOKENS, Segment
-from chains.texts import instructions
-
-SEGMENT_TOKENS = 300
-"""Of the words that are translated at once, at most."""
-
-GROWTH = 4
-GROWTH_BEYOND_LATIN = 9
-"""Tokens of a translation for each of its source, at most; twice as many at the second try. What takes more than that
-is no translation, but a model that does not find its end. Scripts of which a tokenizer knows few words take many:
-from English into Thai 5 to 8 times as many, by the tokenizer of SmolLM2."""
-
-EXTRA_TOKENS = 32
-"""More, for the shortest."""
-
-MIN_BUDGET = 16
-"""Of the words of a segment: with room for less, nothing can be translated."""
-
-PROMPT = ChatPromptTemplate(
-    [
-        instructions(
-            "You are a professional translator. Answer with the translation of the user's text alone, without notes "
-            "or quotation marks. Keep meaning, tone and formatting; code, URLs, tags and placeholders stay as they "
-            "are.{context} Translate{source} into {target}.{formality}{glossary}"
-        ),
-        ("human", "{words}"),
-    ]
-)
-"""The order comes last: small models take what comes last for it."""
-
-CONTEXT = "\n\nThe text stands between these two, which you do not translate:\n{before}\n…\n{after}\n\n"
+from chains.segments import Segment
+from chains.translation_prompt import Wish
 
 
 class SegmentReport(BaseModel):
@@ -89,56 +59,6 @@ class SegmentReport(BaseModel):
             done=len(text),
             total=len(text),
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What is asked of a translation."""
-
-    source: Language | None
-    target: Language
-    formality: Literal["formal", "informal"] | None
-    glossary: Mapping[str, str]
-
-    def messages(self, words: str, before: str = "", after: str = "") -> list[BaseMessage]:
-        """What the model is shown."""
-        terms = self.terms_in(words)
-        return PROMPT.format_messages(
-            source=f" from {self.source.name}" if self.source else "",
-            target=self.target.name,
-            formality=f" Use {self.formality} language." if self.formality else "",
-            glossary="".join(f"\nTranslate “{term}” as “{terms[term]}”." for term in terms),
-            context=CONTEXT.format(before=before, after=after) if before or after else "",
-            words=words,
-        )
-
-    def terms_in(self, words: str) -> dict[str, str]:
-        """The terms of the glossary that stand in a text."""
-        return {term: self.glossary[term] for term in self.glossary if _stands_in(term, words)}
-
-    @property
-    def growth(self) -> int:
-        """Tokens of a translation for each of its source, at most."""
-        return GROWTH if self.target.is_latin else GROWTH_BEYOND_LATIN
-
-    def overhead(self, measure: Measure) -> int:
-        """Tokens of a prompt besides the words, at most."""
-        every = " ".join(self.glossary)
-        return measure.count_messages(self.messages(every, before="…", after="…")) + 2 * CONTEXT_TOKENS
-
-
-def segment_tokens(wish: Wish, measure: Measure, *, max_tokens: int | None) -> int:
-    """Tokens of words that fit into the model's context together with all else; less than `MIN_BUDGET` if few do.
-
-    Args:
-        wish: What is asked for.
-        measure: The model's.
-        max_tokens: Of an answer; None: as many as a translation may take.
-    """
-    room = measure.context - wish.overhead(measure)
-    if max_tokens is not None:
-        return min(SEGMENT_TOKENS, room - max_tokens)
-    return min(SEGMENT_TOKENS, (room - EXTRA_TOKENS) // (1 + 2 * wish.growth))
 
 
 @dataclass(slots=True)
@@ -314,7 +234,7 @@ class Translator:
     def _ask(
         self, words: str, name: str, *, before: str = "", after: str = "", times: int = 1
     ) -> AsyncGenerator[AIMessageChunk]:
-        most = {"max_tokens": times * self._wish.growth * self._count(words) + EXTRA_TOKENS}
+        most = {"max_tokens": self._wish.answer_tokens(self._count(words), times=times)}
         return self._model.astream(  # type: ignore[return-value]
             self._wish.messages(words, before, after),
             patch_config(self._config, run_name=name),
@@ -374,17 +294,3 @@ LONG = 24
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def _stands_in(term: str, words: str) -> bool:
-    """Whether a term is there, as a word of its own where its script has capitals: those have spaces, too."""
-    spelled = r"\s+".join(map(re.escape, term.split()))
-    before, after = (
-        (r"(?<!\w)" if _is_cased(term.strip()[0]) else ""),
-        (r"(?!\w)" if _is_cased(term.strip()[-1]) else ""),
-    )
-    return re.search(before + spelled + after, words, re.IGNORECASE) is not None
-
-
-def _is_cased(letter: str) -> bool:
-    return letter.isdigit() or letter.lower() != letter.upper()

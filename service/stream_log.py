@@ -52,6 +52,6 @@ class LinearLog(RunnableBinding[Any, Any]):  # type: ignore[no-redef]
         if pieces:
             try:
                 whole = added(pieces)
-            except TypeError:
+            except TypeError:  # they cannot be added up: LangChain's own log has the last of them then
                 whole = pieces[-1]
             yield RunLogPatch({"op": "replace", "path": "/final_output", "value": whole})

@@ -11,7 +11,7 @@ from statistics import mean
 from chains.documents.languages import find_language
 from chains.segments import Segment, segments
 from chains.translate import AT_ONCE
-from chains.translator import EXTRA_TOKENS, SEGMENT_TOKENS, Wish
+from chains.translation_prompt import SEGMENT_TOKENS, Wish
 from tests.bench import documents_texts as texts
 from tests.bench.documents_client import Begun, begin, busy, freed, stream
 from tests.bench.documents_found import Chats, FirstWords, Found, Plan
@@ -92,7 +92,7 @@ def _plain(wish: Wish, segment: Segment, count: Count) -> Call:
     options = {
         "temperature": 0,
         "repetition_penalty": 1,
-        "max_tokens": wish.growth * count(segment.words) + EXTRA_TOKENS,
+        "max_tokens": wish.answer_tokens(count(segment.words)),
     }
     return Call("/chat/stream", {"input": {"messages": messages}, "config": {"configurable": options}})
 

@@ -25,7 +25,7 @@ from chains.documents.measure import Measure
 from chains.errors import InputError
 from chains.segments import CONTEXT_TOKENS, segments
 from chains.translate import AT_ONCE
-from chains.translator import SEGMENT_TOKENS, Wish
+from chains.translation_prompt import SEGMENT_TOKENS, Wish
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
 from llm.loading import prepare
 from tests.chains.marking import Answer, MarkingModel
