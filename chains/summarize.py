@@ -86,7 +86,7 @@ class SummarizeInput(BaseModel):
     ] = None
     documents: Annotated[
         # LangServe's form shows as many as there must be, and waits for them to be filled in: so there need be none.
-        Annotated[list[Document], Field(max_length=1000)] | SkipJsonSchema[None],
+        Annotated[list[Document], Field(max_length=1000, fail_fast=True)] | SkipJsonSchema[None],
         Field(description="Or several texts with titles.", json_schema_extra=without_null),
     ] = None
     style: Annotated[Style, BeforeValidator(_underscored), Field(description="The form of the summary.")] = "paragraph"

@@ -67,9 +67,9 @@ class Delivery(BaseModel):
         ),
     ] = None
     glossary: Annotated[
-        list[Term],
+        Annotated[list[Term], Field(max_length=100, fail_fast=True)],
         BeforeValidator(_pairs),
-        Field(max_length=100, description="Terms that have to be translated so."),
+        Field(description="Terms that have to be translated so."),
     ] = []
 
 

@@ -19,10 +19,11 @@ from llm.engine import Engine
 from service.boundary import ErrorBoundary, answer_error
 from service.entry.access import Access
 from service.entry.admission import Admission
+from service.entry.body_reader import BodyReader
 from service.entry.door import Check, Door
 from service.entry.keys import KeyRing
+from service.entry.preparation import Preparation
 from service.entry.quota import open_quota
-from service.entry.tokenizing import Tokenizing
 from service.errors import Refusal
 from service.health import health_router
 from service.openapi import describe_api
@@ -73,7 +74,13 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
         has_keys=not keys.is_open,
     )
     metrics = Metrics(engine, admission)
-    tokenizing = Tokenizing()
+    preparation = Preparation()
+    bodies = BodyReader(
+        max_total=settings.max_body_total,
+        timeout_s=settings.body_timeout_s,
+        idle_timeout_s=settings.idle_timeout_s,
+        min_rate=settings.min_body_rate,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -98,15 +105,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
         host(
             app,
             chain,
-            Door(
-                chain,
-                check,
-                settings.limits(chain.name),
-                admission,
-                metrics,
-                tokenizing,
-                idle_timeout_s=settings.idle_timeout_s,
-            ),
+            Door(chain, check, settings.limits(chain.name), admission, metrics, bodies, preparation),
         )
     describe_api(app, has_keys=not keys.is_open)
     return app

@@ -161,6 +161,14 @@ class Settings(BaseSettings):
     max_body: Annotated[PerChain, _numbers(int), Field(description="Bytes of a request body, per chain.")] = (
         "4194304,chat=1048576,summarize=33554432,brief=33554432"
     )
+    max_body_total: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Bytes of all request bodies together, from their first byte to the end of their request; one "
+            "key, or one address where there are no keys, may have half.",
+        ),
+    ] = 268435456
     max_file: Annotated[PerChain, _numbers(int), Field(description="Bytes of an uploaded file, per chain.")] = (
         "20971520"
     )
@@ -183,6 +191,18 @@ class Settings(BaseSettings):
             description="Seconds after which a connection is cut: request half sent, answer not read.",
         ),
     ] = 30.0
+    body_timeout_s: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="Seconds that a request body may take to arrive.")
+    ] = 300.0
+    min_body_rate: Annotated[
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="Bytes per second that a request body must come at on average, after SERVE_IDLE_TIMEOUT_S; 0 "
+            "for any rate.",
+        ),
+    ] = 1000.0
     drain_timeout_s: Annotated[
         int, Field(ge=0, description="Seconds that running requests have to finish when the service is told to stop.")
     ] = 30
@@ -206,6 +226,17 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"SERVE_HOST (--host): {self.host} can be reached from other machines, and there are no keys: set "
                 "SERVE_API_KEYS_FILE (`serve.py keys add NAME` makes one) or SERVE_API_KEYS; or say --insecure"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_body_total(self) -> Self:
+        general, chains = parse_per_chain(int, self.max_body)
+        largest = max(general, *chains.values()) if chains else general
+        if self.max_body_total < 2 * largest:
+            raise ValueError(
+                f"SERVE_MAX_BODY_TOTAL (--max-body-total): at least {2 * largest}, twice the largest body of "
+                f"SERVE_MAX_BODY, got {self.max_body_total}"
             )
         return self
 

@@ -68,8 +68,11 @@ class Admission:
         """True once the service can stop: all that had begun have left, or had the time for it."""
         return self.is_draining and (not self._working or time.monotonic() >= self._drained_at)
 
-    async def knock(self, key: str) -> None:
-        """Count a call, and raise why it cannot be let in now: cheaply, before anybody reads its body."""
+    async def count_call(self, key: str) -> None:
+        """Count a call against its key's rate, and raise `Refusal` if it cannot be admitted now.
+
+        Cheap, so that a refused request costs nothing: its body is not read.
+        """
         if (wait_s := await self._quota.hit(key)) is not None:
             message = "this key has called too often: SERVE_RATE_LIMIT says how often it may"
             raise Refusal(429, "rate_limited", message, headers={"Retry-After": str(wait_s)})

@@ -1,6 +1,7 @@
-"""Request bodies: read once, and made into calls of a chain, or refused with where in the body the trouble is.
+"""What a request body says: parsed, and made into calls of a chain, or refused with where in the body the error is.
 
-Knows LangServe's wire format, and what clients in Python and JavaScript send along. Knows no chain and no model.
+Knows LangServe's wire format, and what clients in Python and JavaScript send along. Knows no chain and no model, and
+not how a body arrives: that is `body_reader.py`.
 """
 
 import re
@@ -9,24 +10,25 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
-import anyio
 import orjson
-from fastapi import Request
 from langserve.lzstring import LZString
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
-from starlette.requests import ClientDisconnect
 
 from llm.errors import shown
+from service.entry.body_reader import check_structure
+from service.entry.json_structure import StructureCounter
 from service.errors import Refusal, location
 
-MAX_DEPTH = 100
-"""Nesting of a body: below what Python's own recursion limit lets later readers take."""
-
-MAX_VALUES = 200_000
 MAX_KEYS = 1_000
-MAX_CALLS = 10_000
-"""What is more than these would hold everybody up while it is validated."""
+"""Members of one object in a body: each that is unknown makes an error of its own."""
+
+MAX_NAMES = 100
+MAX_NAME = 200
+"""Entries of a list of names or tags, and characters of each: every event of a stream is compared with all of them."""
+
+MAX_METADATA = 16_384
+"""Bytes of a configuration's `metadata`, as JSON."""
 
 FOREIGN_KEYS = re.compile(r"thread_id|(checkpoint_|langgraph_|__).*", re.DOTALL)
 """Keys that LangChain and LangGraph add to `configurable` unasked: dropped."""
@@ -36,7 +38,17 @@ MAX_HASH = 4096
 
 Model = TypeVar("Model", bound=BaseModel)
 
-Strings = Annotated[list[str], Field(fail_fast=True)]
+Name = Annotated[str, StringConstraints(max_length=MAX_NAME)]
+Names = Annotated[list[Name], Field(fail_fast=True, max_length=MAX_NAMES)]
+
+
+def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    if (size := len(orjson.dumps(metadata))) > MAX_METADATA:
+        raise ValueError(f"at most {MAX_METADATA} bytes as JSON, got {size}")
+    return metadata
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
 
 
 class Config(BaseModel):
@@ -46,9 +58,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True)
 
     configurable: dict[str, Any] = Field(default_factory=dict)
-    tags: Strings | None = None
-    metadata: dict[str, Any] | None = None
-    run_name: Annotated[str | None, Field(alias="runName")] = None
+    tags: Names | None = None
+    metadata: Metadata | None = None
+    run_name: Annotated[Name | None, Field(alias="runName")] = None
     run_id: Annotated[UUID | None, Field(alias="runId")] = None
     max_concurrency: Annotated[int | None, Field(alias="maxConcurrency", ge=1)] = None
     recursion_limit: Annotated[int | None, Field(alias="recursionLimit", ge=1)] = None
@@ -70,9 +82,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     # LangChain.js sends one per input on /batch.
-    kwargs: Arguments | Annotated[list[Arguments], Field(fail_fast=True, max_length=MAX_CALLS)] = Field(
-        default_factory=Arguments
-    )
+    kwargs: Arguments | Annotated[list[Arguments], Field(fail_fast=True)] = Field(default_factory=Arguments)
 
 
 class InvokeBody(Body):
@@ -86,12 +96,7 @@ class BatchBody(Body):
     """The body of /batch."""
 
     inputs: Annotated[list[Any], Field(min_length=1)]
-    config: Config | Annotated[list[Config], Field(fail_fast=True, max_length=MAX_CALLS)] = Field(
-        default_factory=Config
-    )
-
-
-Names = Strings | None
+    config: Config | Annotated[list[Config], Field(fail_fast=True)] = Field(default_factory=Config)
 
 
 class StreamLogBody(InvokeBody):
@@ -100,12 +105,12 @@ class StreamLogBody(InvokeBody):
     diff: bool = True
     """Whatever it says, /stream_log sends differences: LangChain.js says false on both, and reads differences."""
 
-    include_names: Names = None
-    include_types: Names = None
-    include_tags: Names = None
-    exclude_names: Names = None
-    exclude_types: Names = None
-    exclude_tags: Names = None
+    include_names: Names | None = None
+    include_types: Names | None = None
+    include_tags: Names | None = None
+    exclude_names: Names | None = None
+    exclude_types: Names | None = None
+    exclude_tags: Names | None = None
 
 
 BODIES: Mapping[str, type[InvokeBody | BatchBody]] = {
@@ -127,19 +132,22 @@ class Call:
     options: dict[str, Any]
 
 
-def calls(body: InvokeBody | BatchBody, shared: Mapping[str, Any], *, max_batch: int) -> list[Call]:
+def parse_body(endpoint: str, raw: Any, *, max_batch: int) -> InvokeBody | BatchBody:
+    """Validate what all bodies have. Lists with an entry for each input are counted before anything in them is."""
+    for name in ("inputs", "config", "kwargs"):
+        entries = raw.get(name) if isinstance(raw, dict) else None
+        if isinstance(entries, list) and len(entries) > max_batch:
+            message = f"{name}: at most {max_batch} at once (SERVE_MAX_BATCH), got {len(entries)}"
+            raise Refusal(422, "invalid_request", message, field=name)
+    return validate("", BODIES[endpoint], raw)
+
+
+def calls(body: InvokeBody | BatchBody, shared: Mapping[str, Any]) -> list[Call]:
     """The calls that a body asks for; its own options come before those that a share link brought."""
     if isinstance(body, InvokeBody):
         options = {**shared, **own_options(body.config.configurable)}
         return [Call("input", body.input, "config.configurable", options)]
     num_inputs = len(body.inputs)
-    if num_inputs > max_batch:
-        raise Refusal(
-            422,
-            "invalid_request",
-            f"inputs: at most {max_batch} at once (SERVE_MAX_BATCH), got {num_inputs}",
-            field="inputs",
-        )
     if isinstance(body.config, Config):
         at = ["config.configurable"] * num_inputs
         configs = [body.config] * num_inputs
@@ -155,62 +163,29 @@ def calls(body: InvokeBody | BatchBody, shared: Mapping[str, Any], *, max_batch:
     ]
 
 
-async def read_json(request: Request, max_body: int, *, idle_timeout_s: float) -> tuple[Any, int]:
-    """Read a body of at most so many bytes, no longer than so after the last piece of it has come.
-
-    Returns what it says, and its number of bytes.
-    """
-    too_large = Refusal(
-        413, "body_too_large", f"a body may have {max_body} bytes at most (SERVE_MAX_BODY)", field="body"
-    )
-    declared = request.headers.get("Content-Length", "")
-    if declared.isascii() and declared.isdigit() and int(declared[:20]) > max_body:
-        raise too_large
-    pieces, size = [], 0
-    stream = request.stream()
-    try:
-        while True:
-            with anyio.move_on_after(idle_timeout_s) as waiting:
-                piece = await anext(stream, None)
-            if waiting.cancelled_caught:
-                message = f"nothing more of the body came for {idle_timeout_s:g} s (SERVE_IDLE_TIMEOUT_S)"
-                raise Refusal(408, "timeout", message)
-            if piece is None:
-                break
-            size += len(piece)
-            if size > max_body:
-                raise too_large
-            pieces.append(piece)
-    except ClientDisconnect as error:
-        raise Refusal(400, "incomplete", "the client went away before its body had come") from error
-    return _parse(b"".join(pieces)), size
-
-
-def _parse(content: bytes) -> Any:
+def parse_json(content: bytes | bytearray) -> Any:
+    """Parse a JSON text whose structure was counted before. Raises `Refusal`."""
     try:
         value = orjson.loads(content)  # strict: no NaN, no infinity, no lone surrogate, no invalid UTF-8
     except orjson.JSONDecodeError as error:
         raise Refusal(400, "invalid_json", f"the body is not valid JSON: {error}", field="body") from error
-    _check_size(value)
+    _check_keys(value)
     return value
 
 
-def _check_size(value: Any) -> None:
-    """Refuse what would take long to validate, or too deep for Python to walk."""
-    level, num_values = [value], 0
-    for _ in range(MAX_DEPTH):
-        children: list[Any] = []
-        for parent in level:
-            if isinstance(parent, dict | list):
-                num_values += len(parent)
-                if num_values > MAX_VALUES or (isinstance(parent, dict) and len(parent) > MAX_KEYS):
-                    message = f"a body may hold {MAX_VALUES} values, and an object {MAX_KEYS} keys, at most"
-                    raise Refusal(400, "invalid_json", message, field="body")
-                children.extend(parent.values() if isinstance(parent, dict) else parent)
-        if not children:
-            return
-        level = children
-    raise Refusal(400, "invalid_json", f"the body may be nested {MAX_DEPTH} deep at most", field="body")
+def _check_keys(value: Any) -> None:
+    """Refuse objects with so many members that it would take long to validate them."""
+    left = [value] if isinstance(value, dict | list) else []
+    while left:
+        parent = left.pop()
+        if isinstance(parent, dict) and len(parent) > MAX_KEYS:
+            message = f"an object in a body may hold {MAX_KEYS} keys at most, got {len(parent)}"
+            raise Refusal(400, "invalid_json", message, field="body")
+        left.extend(
+            child
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        )
 
 
 def validate(at: str, kind: type[Model], value: Any) -> Model:
@@ -251,7 +226,11 @@ def shared_options(config_hash: str | None) -> dict[str, Any]:
         raise Refusal(400, "invalid_config_hash", message, field="config_hash")
     try:
         decompressed = LZString.decompressFromEncodedURIComponent(config_hash)  # type: ignore[no-untyped-call]
-        config = _parse((decompressed or "").encode())
+        content = (decompressed or "").encode()
+        structure = StructureCounter()
+        structure.feed(content)
+        check_structure(structure)
+        config = parse_json(content)
     except Exception as error:  # the decompressor fails in many ways
         raise Refusal(400, "invalid_config_hash", "the config hash is not valid", field="config_hash") from error
     return own_options(validate("config_hash", Config, config).configurable)

@@ -1,8 +1,8 @@
 """The door: every request to a chain comes through here before anything is computed or sent.
 
-It asks for admission, reads the body once, validates every input and option, holds the prompts against the limits, and
-says on whose behalf the work is done. So every refusal comes before the first byte, with a status code, on every
-endpoint.
+It reads the body, asks for admission, validates every input and option, holds the prompts against the limits, and says
+on whose behalf the work is done. So every refusal comes before the first byte, with a status code, on every endpoint.
+The body comes first: one that arrives slowly takes no capacity from requests that are complete.
 """
 
 import time
@@ -18,15 +18,17 @@ from langchain_core.messages import BaseMessage
 from pydantic import BaseModel, ConfigDict, create_model
 
 from chains import Chain
+from chains.cancellable import checkpoint, current_tenant
 from chains.chain import fields_of
 from chains.documents.files import FileLimits, FileReader
 from chains.errors import InputError
 from llm.caller import Caller, Report, current_caller
 from llm.errors import InvalidMessage, InvalidOption
 from service.entry.admission import Admission
-from service.entry.body import BODIES, Call, calls, read_json, shared_options, validate
+from service.entry.body import Call, calls, parse_body, parse_json, shared_options, validate
+from service.entry.body_reader import BodyLease, BodyReader
 from service.entry.limits import Limits
-from service.entry.tokenizing import Tokenizing
+from service.entry.preparation import Preparation
 from service.errors import Refusal, describe
 from service.records.metrics import Metrics
 from service.records.record import Record, record_of
@@ -51,18 +53,19 @@ class Door:
         limits: Limits,
         admission: Admission,
         metrics: Metrics,
-        tokenizing: Tokenizing,
-        *,
-        idle_timeout_s: float,
+        bodies: BodyReader,
+        preparation: Preparation,
     ) -> None:
         self._chain = chain
         self._check = check
         self._limits = limits
         self._admission = admission
         self._metrics = metrics
-        self._idle_timeout_s = idle_timeout_s
+        self._bodies = bodies
+        self._preparation = preparation
         self._options_type = _options_type(chain)
-        self._tokenizing = tokenizing
+        # LangServe validates inputs once more, on the event loop; for what is of the type already, that takes no time.
+        self._passes_models = chain.runnable.get_input_schema() is chain.input_type
         self._file_limits = FileLimits(max_file=limits.max_file, max_pages=limits.max_pages)
 
     async def __call__(self, request: Request) -> AsyncIterator[None]:
@@ -70,8 +73,10 @@ class Door:
         record = record_of(request.scope)
         record.chain, record.key = self._chain.name, request.state.key
         config_hash = request.path_params.get("config_hash")
+        tenant = record.key or record.client
+        current_tenant.set(tenant)  # this request's task and its children see it
         if request.method != "POST":
-            shared_options(config_hash)
+            await self._prepare_options(config_hash, tenant)
             # Pages and schemas are the same whatever the options. The form playground asks for its input schema with
             # every state of its options, half-typed ones too, and drops what was typed at a refusal.
             if "config_hash" in request.path_params:
@@ -80,66 +85,71 @@ class Door:
             yield
             return
         record.endpoint = request.url.path.rsplit("/", 1)[-1]
-        await self._admission.knock(record.key)
-        timeout_s = self._limits.timeout_s
-        caller = Caller(
-            trace_id=record.id,
-            owner=record.key,
-            deadline=time.monotonic() + timeout_s,
-            max_output_tokens=self._limits.max_output_tokens,
-            on_ended=partial(self._report, record),
-        )
-        # Generations end at the caller's deadline, and say so; this ends whatever else a chain may do.
-        request.state.work.deadline = anyio.current_time() + timeout_s + GRACE_S
-        async with self._admission.place(caller, timeout_s=timeout_s + 2 * GRACE_S):
-            body, wanted = await self._read(request, config_hash)
-            self._admission.start(caller)
-            current_caller.set(caller)  # this request's task and its children see it
-            # What LangServe will read: with files read, and the options of a share link merged in (it would lose them),
-            # without the rest.
-            inputs = [call.input for call in wanted]
-            configs = [{"configurable": call.options} for call in wanted]
-            asked = (
-                {"inputs": inputs, "config": configs}
-                if "inputs" in body
-                else {"input": inputs[0], "config": configs[0]}
+        await self._admission.count_call(record.key)
+        async with self._bodies.read(request, self._limits.max_body, tenant=tenant) as body:
+            timeout_s = self._limits.timeout_s
+            caller = Caller(
+                trace_id=record.id,
+                owner=record.key,
+                deadline=time.monotonic() + timeout_s,
+                max_output_tokens=self._limits.max_output_tokens,
+                on_ended=partial(self._report, record),
             )
-            request._json = {**body, **asked, "kwargs": {}}
-            yield
+            # Generations end at the caller's deadline, and say so; this ends whatever else a chain may do.
+            request.state.work.deadline = anyio.current_time() + timeout_s + GRACE_S
+            async with self._admission.place(caller, timeout_s=timeout_s + 2 * GRACE_S):
+                request._json = await self._prepare_body(body, record.endpoint, config_hash, tenant)
+                self._admission.start(caller)
+                current_caller.set(caller)  # this request's task and its children see it
+                yield
 
-    async def _read(self, request: Request, config_hash: str | None) -> tuple[dict[str, Any], list[Call]]:
-        """Read the body, and hold everything in it against its types and limits. Files are read, too."""
-        limits = self._limits
-        shared = shared_options(config_hash)
+    async def _prepare_options(self, config_hash: str | None, tenant: str) -> dict[str, Any]:
+        """The options in a share link, which may be packed to many times their size."""
+        size = 0 if config_hash is None else len(config_hash)
+        return await self._preparation.run(shared_options, config_hash, tenant=tenant, size=size)
+
+    async def _prepare_body(
+        self, body: BodyLease, endpoint: str, config_hash: str | None, tenant: str
+    ) -> dict[str, Any]:
+        """What LangServe is to read in place of a body, once everything in it was validated and found within limits.
+
+        Files are read, the options of a share link merged in (LangServe would lose them), and the rest is left out.
+        """
+        shared = await self._prepare_options(config_hash, tenant)
         validate("config_hash.configurable", self._options_type, shared)
-        try:
-            with anyio.fail_after(limits.timeout_s):
-                raw, size = await read_json(request, limits.max_body, idle_timeout_s=self._idle_timeout_s)
-        except TimeoutError as error:
-            message = f"the body did not come within {limits.timeout_s:g} s (SERVE_TIMEOUT_S)"
-            raise Refusal(408, "timeout", message) from error
-        body = validate("", BODIES[record_of(request.scope).endpoint], raw)
-        wanted = calls(body, shared, max_batch=limits.max_batch)
-        for call in wanted:
-            validate(call.options_at, self._options_type, call.options)
-            _check_output(call, limits.max_output_tokens)
-        return raw, await self._ready(wanted, request.state.key, size)
+        raw, wanted = await self._preparation.run(
+            self._parse, body.content, endpoint, shared, tenant=tenant, size=body.size
+        )
+        body.content = bytearray()  # all of it is in `raw` now
+        ready = await self._ready(wanted, tenant, body)
+        inputs = [call.input for call in ready]
+        configs = [{"configurable": call.options} for call in ready]
+        asked = {"inputs": inputs, "config": configs} if "inputs" in raw else {"input": inputs[0], "config": configs[0]}
+        return {**raw, **asked, "kwargs": {}}
 
-    async def _ready(self, wanted: Sequence[Call], key: str, size: int) -> list[Call]:
-        """Read the files of calls, and hold all prompts together against the limit; `size` is that of the body."""
+    def _parse(self, content: bytearray, endpoint: str, shared: dict[str, Any]) -> tuple[dict[str, Any], list[Call]]:
+        raw = parse_json(content)
+        wanted = calls(parse_body(endpoint, raw, max_batch=self._limits.max_batch), shared)
+        for call in wanted:
+            checkpoint()
+            validate(call.options_at, self._options_type, call.options)
+            _check_output(call, self._limits.max_output_tokens)
+        return raw, wanted
+
+    async def _ready(self, wanted: Sequence[Call], tenant: str, body: BodyLease) -> list[Call]:
+        """Read the files of calls, and hold all prompts together against the limit."""
         chain, limit = self._chain, self._limits.max_input_tokens
-        reader = FileReader(self._file_limits, turn=partial(self._tokenizing.files.of, key))
-        ready, num_tokens = [], 0
+        reader = FileReader(self._file_limits, turn=partial(self._preparation.files.hold, tenant))
+        ready, num_tokens, size = [], 0, body.size
         shown: list[tuple[dict[str, Any], int]] = []  # inputs of which only the first prompt, of so many, is counted
-        run = partial(self._tokenizing.run, key=key)
+        run = partial(self._preparation.run, tenant=tenant)
         for call in wanted:
             value = await run(validate, call.at, chain.input_type, call.input, size=size)
             prepared = await self._prepare(call, value, reader)
-            sent = call.input
             if prepared is not value:
-                sent = prepared.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-                size += _num_bytes(sent)
-            ready.append(replace(call, input=sent))
+                size += _num_bytes(prepared.model_dump(mode="json", exclude_unset=True, exclude_none=True))
+                body.resize(size)
+            ready.append(replace(call, input=self._passed(call, value, prepared)))
             first = await run(_count, chain, self._check, call, prepared, size=size)
             num_tokens += first
             shown.append((fields_of(prepared), first))
@@ -153,6 +163,14 @@ class Door:
                 got = f"got {'more' if chain.num_tokens else num_tokens}"
                 raise Refusal(422, "input_too_long", f"{call.at}: {most}, {got}", field=call.at)
         return ready
+
+    def _passed(self, call: Call, value: BaseModel, prepared: BaseModel) -> Any:
+        """The input as LangServe gets it."""
+        if self._passes_models:
+            return prepared
+        if prepared is value:
+            return call.input
+        return prepared.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
     async def _prepare(self, call: Call, value: BaseModel, reader: FileReader) -> BaseModel:
         if self._chain.prepare is None:

@@ -366,7 +366,7 @@ def test_a_million_mistakes_are_as_quick_to_refuse_as_one(client: httpx.Client, 
         assert response.elapsed.total_seconds() < 1
 
 
-@pytest.mark.parametrize("settings", [{"timeout_s": "0.5"}, {"idle_timeout_s": "0.5"}])
+@pytest.mark.parametrize("settings", [{"body_timeout_s": "0.5"}, {"idle_timeout_s": "0.5"}])
 def test_a_body_that_does_not_come_is_not_waited_for_for_ever(tmp_path: Path, settings: dict[str, Any]) -> None:
     with (
         Server(tmp_path / "log", script="tests/scripted_server.py", **settings) as server,

@@ -1,7 +1,10 @@
 """How much a caller may ask for: each limit on every endpoint, before the first byte, with its name and its number."""
 
 import asyncio
+import socket
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +185,25 @@ async def test_two_processes_that_share_a_redis_count_together(tmp_path: Path, r
         assert alone.status_code == 200, "without Redis each counts for itself"
     assert "Redis cannot be reached" in two.log.read_text()
     assert "Traceback" not in two.log.read_text()
+
+
+def test_bodies_that_drip_take_no_capacity(tmp_path: Path) -> None:
+    """Four connections that sent a byte now and then once kept everybody else out of a service with four slots."""
+    body = {"input": {"messages": [["user", "Hi!"]]}}
+    head = b"POST /chat/invoke HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n{"
+    limits = {"max_slots": "1", "max_queue": "0", "idle_timeout_s": "1"}
+    with (
+        Server(tmp_path / "log", script="tests/scripted_server.py", **limits) as server,
+        ExitStack() as stack,
+    ):
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10)) for _ in range(8)]
+        for connection in slow:
+            connection.sendall(head)
+        time.sleep(0.2)
+        for _ in range(3):
+            for connection in slow:
+                connection.sendall(b" ")
+            assert httpx.post(f"{server.url}/chat/invoke", json=body).status_code == 200
+        answer = slow[0].recv(10_000)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"SERVE_IDLE_TIMEOUT_S" in answer or b"SERVE_MIN_BODY_RATE" in answer

@@ -38,7 +38,7 @@ def open_admission(engine: ScriptedEngine) -> Callable[..., Admission]:
 
 async def enter(admission: Admission, stack: AsyncExitStack, owner: str = "", caller: Caller | None = None) -> Caller:
     caller = caller or Caller(owner=owner)
-    await admission.knock(caller.owner)
+    await admission.count_call(caller.owner)
     await stack.enter_async_context(admission.place(caller, timeout_s=60))
     admission.start(caller)
     return caller
@@ -66,12 +66,12 @@ async def test_there_are_as_many_places_as_slots_and_queue(open_admission: Calla
         await enter(admission, stack)
 
 
-async def test_a_place_that_was_free_at_the_knock_may_be_gone_when_the_body_was_read(
+async def test_a_place_that_was_free_when_the_call_was_counted_may_be_gone_when_the_body_was_read(
     open_admission: Callable[..., Admission],
 ) -> None:
     admission = open_admission(max_queue=0)
     for _ in range(SLOTS + 1):
-        await admission.knock("")
+        await admission.count_call("")
     async with AsyncExitStack() as stack:
         for _ in range(SLOTS):
             await stack.enter_async_context(admission.place(Caller(), timeout_s=60))
@@ -105,12 +105,12 @@ async def test_a_key_has_no_more_places_than_it_may(open_admission: Callable[...
 async def test_who_calls_too_often_is_told_when_to_call_again(open_admission: Callable[..., Admission]) -> None:
     admission = open_admission(rate="2/hour")
     for _ in range(2):
-        await admission.knock("ada")
+        await admission.count_call("ada")
     refusal = await refused(admission, "ada")
     assert (refusal.problem.status, refusal.problem.kind) == (429, "rate_limited")
     assert "SERVE_RATE_LIMIT" in refusal.problem.message
     assert 1 <= int(refusal.problem.headers["Retry-After"]) <= 3600
-    await admission.knock("bob")
+    await admission.count_call("bob")
 
 
 async def test_while_draining_nobody_is_let_in_and_those_inside_finish(
@@ -124,7 +124,7 @@ async def test_while_draining_nobody_is_let_in_and_those_inside_finish(
         assert admission.is_draining
         assert not admission.is_drained
         with pytest.raises(ShuttingDown):
-            await admission.knock("")
+            await admission.count_call("")
         with pytest.raises(ShuttingDown):
             await stack.enter_async_context(admission.place(Caller(), timeout_s=60))
     assert admission.is_drained
@@ -197,7 +197,7 @@ async def test_while_the_model_loads_nobody_is_let_in() -> None:
         ScriptedEngine(load_delay_s=60), LocalQuota(None), max_queue=1, max_concurrent=None, has_keys=False
     )
     with pytest.raises(EngineLoading):
-        await admission.knock("")
+        await admission.count_call("")
 
 
 async def test_retry_after_grows_with_how_slowly_places_become_free(

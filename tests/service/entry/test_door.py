@@ -19,7 +19,7 @@ from chains.chain import Prepare
 from chains.documents.files import FileReader
 from llm import ScriptedEngine
 from service.app import create_app
-from service.entry.tokenizing import LARGE, MAX_FILES
+from service.entry.preparation import LARGE, MAX_FILES
 from service.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the 'model_fields' attribute on the instance")  # LangServe's

@@ -1,0 +1,149 @@
+"""Reading bodies: in time, within the budget, and counted before anything is made of them."""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import Request
+from starlette.types import Message
+
+from service.entry.body_reader import MAX_READING, MAX_VALUES, BodyReader
+from service.errors import Refusal
+
+
+def reader(**limits: Any) -> BodyReader:
+    return BodyReader(**{"max_total": 1000, "timeout_s": 30, "idle_timeout_s": 30, "min_rate": 0, **limits})
+
+
+def request(
+    *pieces: bytes, wait_s: float = 0, ends: bool = True, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> Request:
+    """A request whose body comes in these pieces, each after a wait; `ends` false: and then nothing more."""
+    left = list(pieces)
+
+    async def receive() -> Message:
+        await anyio.sleep(wait_s)
+        if not left and not ends:
+            await anyio.sleep_forever()
+        return {"type": "http.request", "body": left.pop(0) if left else b"", "more_body": bool(left) or not ends}
+
+    return Request({"type": "http", "method": "POST", "headers": list(headers)}, receive)
+
+
+async def refused(bodies: BodyReader, asked: Request, *, max_body: int = 1000, tenant: str = "ada") -> Refusal:
+    with pytest.raises(Refusal) as caught, anyio.fail_after(10):
+        async with bodies.read(asked, max_body, tenant=tenant):
+            pass
+    return caught.value
+
+
+async def test_a_body_comes_out_as_it_came_and_is_held_until_its_request_ends() -> None:
+    bodies = reader()
+    async with bodies.read(request(b'{"a"', b": 1}"), 100, tenant="ada") as body:
+        assert (bytes(body.content), body.size, bodies.num_bytes) == (b'{"a": 1}', 8, 8)
+        body.resize(500)
+        assert bodies.num_bytes == 500
+    assert bodies.num_bytes == 0
+
+
+@pytest.mark.parametrize("headers", [[], [(b"content-length", b"101")], [(b"content-length", b"9" * 5000)]])
+async def test_a_body_that_is_too_large_is_refused(headers: list[tuple[bytes, bytes]]) -> None:
+    problem = (await refused(reader(), request(b" " * 60, b" " * 41, headers=headers), max_body=100)).problem
+    assert (problem.status, problem.kind) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize(
+    ("limits", "asked", "said"),
+    [
+        ({"idle_timeout_s": 0.05}, request(b"[", ends=False), "nothing came for 0.05 s (SERVE_IDLE_TIMEOUT_S)"),
+        ({"timeout_s": 0.1}, request(*[b" "] * 99, wait_s=0.02), "it took more than 0.1 s (SERVE_BODY_TIMEOUT_S)"),
+        (
+            {"idle_timeout_s": 0.1, "min_rate": 1000},
+            request(*[b" "] * 99, wait_s=0.02),
+            "less than 1000 bytes per second (SERVE_MIN_BODY_RATE)",
+        ),
+    ],
+)
+async def test_a_slow_body_is_refused_by_its_own_deadlines(limits: dict[str, float], asked: Request, said: str) -> None:
+    problem = (await refused(reader(**limits), asked)).problem
+    assert (problem.status, problem.kind) == (408, "timeout")
+    assert said in problem.message
+
+
+async def test_a_body_at_the_minimum_rate_may_take_longer_than_the_idle_timeout() -> None:
+    bodies = reader(max_total=2000, idle_timeout_s=0.2, min_rate=1000)
+    async with bodies.read(request(*[b" " * 90] * 10, wait_s=0.05), 1000, tenant="ada") as body:
+        assert body.size == 900
+
+
+async def test_all_bodies_share_a_budget_of_which_a_tenant_has_half() -> None:
+    bodies = reader(max_total=1000)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(bodies.read(request(b" " * 300), 1000, tenant="eve"))
+        problem = (await refused(bodies, request(b" " * 201), tenant="eve")).problem
+        assert (problem.status, problem.kind) == (503, "bodies_full")
+        assert "500 bytes, half of SERVE_MAX_BODY_TOTAL" in problem.message
+        assert int(problem.headers["Retry-After"]) >= 1
+        body = await stack.enter_async_context(bodies.read(request(b" " * 450), 1000, tenant="ada"))
+        assert (
+            "1000 bytes (SERVE_MAX_BODY_TOTAL)"
+            in (await refused(bodies, request(b" " * 251), tenant="bob")).problem.message
+        )
+        with pytest.raises(Refusal):
+            body.resize(501)  # a file was unpacked
+    assert bodies.num_bytes == 0
+    async with bodies.read(request(b" " * 500), 1000, tenant="eve"):
+        pass
+
+
+async def test_slow_bodies_of_one_tenant_leave_room_for_those_of_others() -> None:
+    bodies = reader()
+    async with anyio.create_task_group() as others:
+
+        async def drip() -> None:
+            async with bodies.read(request(b"[", ends=False), 1000, tenant="eve"):
+                pass
+
+        for _ in range(MAX_READING // 2):
+            others.start_soon(drip)
+        await anyio.sleep(0.05)
+        assert (await refused(bodies, request(b"[]"), tenant="eve")).problem.kind == "bodies_full"
+        async with bodies.read(request(b"[]"), 1000, tenant="ada") as body:
+            assert body.size == 2
+        others.cancel_scope.cancel()
+    assert bodies.num_bytes == 0
+    async with bodies.read(request(b"[]"), 1000, tenant="eve"):
+        pass
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", "1", '"a"', '{"a":[]}'])
+async def test_a_body_with_too_many_values_is_refused_before_it_has_come(value: str) -> None:
+    """A parser would make an object of each: 32 MB of `[]` took a gigabyte and held the event loop up for seconds."""
+    piece, num_read = (value + ",").encode() * 1000, 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal num_read
+        yield b"["
+        while True:
+            num_read += 1000
+            yield piece
+
+    pieces = endless()
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": await anext(pieces), "more_body": True}
+
+    asked = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    problem = (await refused(reader(max_total=2**30), asked, max_body=2**30)).problem
+    assert (problem.status, problem.kind, problem.field) == (400, "invalid_json", "body")
+    assert f"{MAX_VALUES} values" in problem.message
+    assert num_read <= MAX_VALUES + 1000
+
+
+async def test_a_body_that_is_nested_too_deeply_is_refused() -> None:
+    deep = json.dumps([]).replace("[]", "[" * 101 + "]" * 101).encode()
+    assert "nested 100 deep" in (await refused(reader(), request(deep))).problem.message
+    assert (await refused(reader(), request(b"[" * 900, ends=False))).problem.kind == "invalid_json"
