@@ -18,9 +18,9 @@ def add_schemas(app: FastAPI, chain: Chain, dependencies: Sequence[Depends]) -> 
     router = APIRouter(include_in_schema=False, dependencies=list(dependencies))
     runnable = chain.runnable
     for name, schema in (
-        ("input_schema", runnable.get_input_schema().model_json_schema()),
-        ("output_schema", runnable.get_output_schema().model_json_schema()),
-        ("config_schema", runnable.config_schema(include=["configurable"]).model_json_schema()),
+        ("input_schema", runnable.get_input_jsonschema()),
+        ("output_schema", runnable.get_output_jsonschema()),
+        ("config_schema", runnable.get_config_jsonschema(include=["configurable"])),
     ):
         body = json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode()
         for path in (f"/{chain.name}/{name}", f"/{chain.name}/c/{{config_hash}}/{name}"):

@@ -43,7 +43,7 @@ async def call(
         names.append(scope["state"]["key"])
 
     encoded = [(name.encode(), value.encode() if isinstance(value, str) else value) for name, value in headers]
-    scope = {"type": "http", "method": method, "path": path, "root_path": root_path, "headers": encoded}
+    scope: Any = {"type": "http", "method": method, "path": path, "root_path": root_path, "headers": encoded}
     scope["client"] = (client, 4000)
     if access is None:
         access = Access(app, KeyRing(None, KEYS) if keys is None else keys, allowed_hosts, cors_origins, insecure)

@@ -357,10 +357,10 @@ def test_many_trailers_end_the_request(world: World) -> None:
 
 def test_long_chunk_extensions_end_the_request(world: World) -> None:
     """However much body comes between them: each chunk used to start the count anew."""
-    with world.connect() as client, pytest.raises(ConnectionError):
+    with world.connect() as client:
         client.sendall(CHUNKED)
-        for _ in range(5_000):
-            client.sendall(b"1;" + b"x" * 1_000 + b"\r\na\r\n")
+        with pytest.raises(ConnectionError):
+            client.sendall((b"1;" + b"x" * 1_000 + b"\r\na\r\n") * 20_000)
 
 
 def test_a_body_in_chunks_of_one_byte_is_served(world: World) -> None:

@@ -107,7 +107,8 @@ def test_a_flood_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None
 def test_any_order_of_events_keeps_the_books() -> None:
     """Against a plain count: after each event, the network of the next victim is one of those with most."""
     chance = Random(7)
-    waiting, known = WaitingConnections(), []
+    waiting = WaitingConnections()
+    known: list[Connection] = []
     for _ in range(3000):
         event = chance.random()
         if event < 0.5 or not known:
