@@ -92,7 +92,7 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
     app = create_app(settings, chains=build_chains(model), check=model.check, engine=engine)
     config = uvicorn.Config(
         app,
-        http=timed_protocol(settings.idle_timeout_s),
+        http=timed_protocol(settings.idle_timeout_s, settings.max_connections),
         root_path=settings.root_path,
         forwarded_allow_ips=settings.trusted_proxies,
         server_header=False,

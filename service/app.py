@@ -1,5 +1,6 @@
 """The application: puts the parts together. Reads nothing from the environment; it is handed everything."""
 
+import logging
 import warnings
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from chains import Chain
 from llm.engine import Engine
+from service.address import ClientAddress
 from service.boundary import ErrorBoundary, answer_error
 from service.entry.access import Access
 from service.entry.admission import Admission
@@ -36,6 +38,8 @@ from service.records.recorder import Recorder
 from service.routes import host
 from service.server.disconnect import CancelOnDisconnect
 from service.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
 
 # FastAPI hides this one while it makes its fields; but an engine that loads in another thread does the like,
 # and the last of them puts the filters back as it found them.
@@ -66,6 +70,9 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
     except ValueError as error:
         raise SettingsError(str(error)) from None
     keys = KeyRing(settings.api_keys_file, settings.api_keys.get_secret_value())
+    for name in settings.operator_keys:
+        if name not in keys.names:  # no error: it may be added to the file later
+            log.warning("SERVE_OPERATOR_KEYS: there is no key named %s", name)
     admission = Admission(
         engine,
         quota,
@@ -99,7 +106,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
         app.add_exception_handler(kind, answer_error)
     add_layers(app, settings, keys, metrics)
     app.include_router(health_router(engine, admission))
-    app.include_router(metrics_router(metrics))
+    app.include_router(metrics_router(metrics, None if keys.is_open else settings.operator_keys))
     add_pages(app, chains, engine)
     for chain in chains:
         host(
@@ -126,6 +133,8 @@ def add_layers(app: FastAPI, settings: Settings, keys: KeyRing, metrics: Metrics
         allowed_hosts=settings.allowed_hosts,
         cors_origins=settings.cors_origins,
         insecure=settings.insecure,
+        page_rate_limit=settings.page_rate_limit,
+        login_rate_limit=settings.login_rate_limit,
     )
     app.add_middleware(ErrorBoundary)
     if settings.cors_origins:
@@ -138,3 +147,4 @@ def add_layers(app: FastAPI, settings: Settings, keys: KeyRing, metrics: Metrics
         )
     app.add_middleware(SecurityHeaders)
     app.add_middleware(Recorder, tell=tell, keeps_texts=settings.log_texts)
+    app.add_middleware(ClientAddress)

@@ -9,6 +9,7 @@ from langserve.serialization import WellKnownLCSerializer
 from chains import Chain
 from service.entry.door import Door
 from service.pages.playground import add_playground
+from service.pages.schemas import add_schemas
 from service.stream_log import LinearLog
 
 TAKEN = ("docs", "health", "metrics", "ready", "static", "static-offline-docs")
@@ -35,6 +36,7 @@ def host(app: FastAPI, chain: Chain, door: Door) -> None:
     if chain.name in TAKEN:
         raise ValueError(f"no chain can be called {chain.name}: the service's own page is there")
     add_playground(app, chain, [Depends(door)])
+    add_schemas(app, chain, [Depends(door)])
     router = APIRouter()  # given the application itself, LangServe would print a banner over our log
     add_routes(
         router,

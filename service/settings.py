@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, FilePath, SecretStr
 from pydantic_settings import BaseSettings, CliSettingsSource, NoDecode, SettingsConfigDict
 
 from service.entry.access import host_pattern
+from service.entry.keys import NAME
 from service.entry.limits import Limits, limit_of, parse_per_chain
 from service.entry.quota import parse_rate
 
@@ -31,6 +32,13 @@ def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
     for host in hosts:
         host_pattern(host)
     return hosts
+
+
+def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a key: letters, digits and _ . - after the first")
+    return names
 
 
 def _numbers(kind: type[float]) -> AfterValidator:
@@ -142,6 +150,27 @@ class Settings(BaseSettings):
         AfterValidator(_check_rate),
         Field(description="Calls of one key, like 10/second or 5000/hour; empty for any number."),
     ] = "6000/minute"
+    page_rate_limit: Annotated[
+        str,
+        AfterValidator(_check_rate),
+        Field(
+            description="Requests other than calls (pages, schemas, metrics) of one key, or of one address where there "
+            "is no key; empty for any number. /health and /ready are not limited."
+        ),
+    ] = "3000/minute"
+    login_rate_limit: Annotated[
+        str,
+        AfterValidator(_check_rate),
+        Field(
+            description="Requests with an invalid key of one address (IPv6: of its /64 network) that get 401; more get "
+            "429. Empty for any number."
+        ),
+    ] = "20/minute"
+    operator_keys: Annotated[
+        Names,
+        AfterValidator(_check_names),
+        Field(description="Names of the keys that see the metrics of all keys; others see those of their own."),
+    ] = ()
     max_concurrent: Annotated[
         int | None,
         Field(
@@ -183,6 +212,13 @@ class Settings(BaseSettings):
     timeout_s: Annotated[
         PerChain, _numbers(float), Field(description="Seconds that a request may take, waiting included, per chain.")
     ] = "3600,chat=300"
+    max_connections: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Connections open at once; beyond, one that waits for its client is closed for each new one.",
+        ),
+    ] = 4096
     idle_timeout_s: Annotated[
         float,
         Field(
@@ -226,6 +262,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"SERVE_HOST (--host): {self.host} can be reached from other machines, and there are no keys: set "
                 "SERVE_API_KEYS_FILE (`serve.py keys add NAME` makes one) or SERVE_API_KEYS; or say --insecure"
+            )
+        if self.operator_keys and not self.has_keys:
+            raise ValueError(
+                "SERVE_OPERATOR_KEYS (--operator-keys): there are no keys, so everybody sees all metrics: set "
+                "SERVE_API_KEYS_FILE or SERVE_API_KEYS too"
             )
         return self
 

@@ -1,6 +1,7 @@
 """Who may call: the API key, the host that a browser believes it talks to, the origin of the page that calls.
 
-Knows nothing of what is called, but that `/health` and `/ready` are for everybody.
+It also limits how often pages are read and how often wrong keys are tried. Knows nothing of what is called, but that
+`/health` and `/ready` are for everybody.
 """
 
 import base64
@@ -13,7 +14,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm.errors import shown
+from service.address import network_of
 from service.entry.keys import KeyRing
+from service.entry.quota import BoundedRate, parse_rate
 from service.errors import Refusal
 
 FOR_EVERYBODY = ("/health", "/ready")
@@ -26,6 +29,12 @@ CHALLENGE = 'Basic realm="llama3-langserve", charset="UTF-8", Bearer realm="llam
 WAYS = "`X-API-Key: KEY`, `Authorization: Bearer KEY`, or HTTP Basic with KEY as the password and any user name"
 
 POLICY_VIOLATION = 1008
+
+WHITE_SPACE = " \t"
+"""What HTTP allows around a header's value, and files and shells leave behind a key."""
+
+SCHEME = re.compile(r"([^ \t]*+)[ \t]*+(.*+)", re.DOTALL)
+"""An authentication scheme and its credentials. Matches every text."""
 
 AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/?#@\s]+))(?::([0-9]*))?")
 
@@ -42,19 +51,33 @@ class Access:
         cors_origins: Origins like `https://example.com` whose pages may call. `*` is for pages that give the key
             themselves: one that the browser adds (Basic) is not theirs to use.
         insecure: Whoever reaches the service may use it, by whatever name.
+        page_rate_limit: How many requests other than POST a key may send; where there is no key, an address (for IPv6,
+            a network of 64 bits). `/health` and `/ready` are not counted: probes must always get through.
+        login_rate_limit: How many requests with an invalid key an address may send before it gets 429 in place of 401.
+            A valid key is served all the same: otherwise whoever shares an address with others could lock them out.
 
     Raises:
-        ValueError: One of `allowed_hosts` can be no host.
+        ValueError: One of `allowed_hosts` can be no host, or a rate limit is invalid.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: KeyRing, allowed_hosts: Sequence[str], cors_origins: Sequence[str], insecure: bool
+        self,
+        app: ASGIApp,
+        keys: KeyRing,
+        allowed_hosts: Sequence[str],
+        cors_origins: Sequence[str],
+        insecure: bool,
+        page_rate_limit: str = "",
+        login_rate_limit: str = "",
     ) -> None:
         self.app = app
         self._keys = keys
         self._hosts = tuple(host_pattern(host) for host in allowed_hosts)
         self._origins = frozenset(cors_origins)
         self._checks_host = bool(allowed_hosts) or (keys.is_open and not insecure)
+        self._page_rate_limit, self._login_rate_limit = page_rate_limit, login_rate_limit
+        self._pages = BoundedRate(parse_rate(page_rate_limit))
+        self._logins = BoundedRate(parse_rate(login_rate_limit))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -65,10 +88,11 @@ class Access:
             state["key"] = ""
             # As it is routed; what would have to be made simpler first (`/health/`, `//health`) needs a key.
             if scope["path"].removeprefix(scope.get("root_path", "")) not in FOR_EVERYBODY:
-                state["key"] = self._admit(scope["method"], Headers(scope=scope))
+                client = scope.get("client")
+                state["key"] = self._admit(scope["method"], Headers(scope=scope), client[0] if client else "")
         await self.app(scope, receive, send)
 
-    def _admit(self, method: str, headers: Headers) -> str:
+    def _admit(self, method: str, headers: Headers, address: str) -> str:
         """Whose request it is."""
         given = None if self._keys.is_open else given_key(headers)
         if self._checks_host:
@@ -76,9 +100,15 @@ class Access:
         if method not in SAFE_METHODS:
             self._check_origin(headers, given)
         if self._keys.is_open:
+            if method != "POST":
+                self._count_page("address", network_of(address))
             return ""
         name = self._keys.name_of(given.text) if given and given.text else None
         if name is None:
+            if given:
+                self._count_login(network_of(address))
+            else:
+                self._count_page("address", network_of(address))
             trouble = "the one of this request is not valid" if given else "this request has none"
             raise Refusal(
                 401,
@@ -86,7 +116,25 @@ class Access:
                 f"an API key is needed, and {trouble}: send it as {WAYS}",
                 headers={"WWW-Authenticate": CHALLENGE},
             )
+        if method != "POST":  # calls are counted by SERVE_RATE_LIMIT
+            self._count_page("key", name)
         return name
+
+    def _count_page(self, kind: str, caller: str) -> None:
+        if (wait_s := self._pages.hit(f"{kind} {caller}")) is not None:
+            raise _rate_limited(
+                f"this {kind} has sent too many requests for pages: the limit is {self._page_rate_limit} "
+                "(SERVE_PAGE_RATE_LIMIT)",
+                wait_s,
+            )
+
+    def _count_login(self, network: str) -> None:
+        if (wait_s := self._logins.hit(network)) is not None:
+            raise _rate_limited(
+                f"this address has sent too many invalid API keys, and this one is invalid too: the limit is "
+                f"{self._login_rate_limit} (SERVE_LOGIN_RATE_LIMIT)",
+                wait_s,
+            )
 
     def _check_host(self, hosts: Sequence[str]) -> None:
         # Every browser sends a Host; without one, this is a program, which goes where it wants and not where a page
@@ -120,6 +168,10 @@ class Access:
         )
 
 
+def _rate_limited(message: str, wait_s: int) -> Refusal:
+    return Refusal(429, "rate_limited", message, headers={"Retry-After": str(wait_s)})
+
+
 @dataclass(frozen=True, slots=True)
 class GivenKey:
     """A key as a request gives it; empty if it cannot be read. `is_by_browser`: those add it to any page's requests."""
@@ -132,14 +184,14 @@ def given_key(headers: Headers) -> GivenKey | None:
     """The key that a request gives, by the first of the ways that it uses."""
     own, authorizations = headers.getlist("x-api-key"), headers.getlist("authorization")
     if own:
-        return GivenKey(own[0] if len(own) == 1 else "")
+        return GivenKey(own[0].strip(WHITE_SPACE) if len(own) == 1 else "")
     if not authorizations:
         return None
-    scheme, _, credentials = authorizations[0].partition(" ")
+    scheme, credentials = SCHEME.fullmatch(authorizations[0].strip(WHITE_SPACE)).groups()  # type: ignore[union-attr]
     is_basic = scheme.lower() == "basic"
     if len(authorizations) > 1 or not (is_basic or scheme.lower() == "bearer"):
         return GivenKey("", is_basic)
-    return GivenKey(password(credentials.strip()) if is_basic else credentials.strip(), is_basic)
+    return GivenKey(password(credentials) if is_basic else credentials, is_basic)
 
 
 def password(credentials: str) -> str:

@@ -74,6 +74,11 @@ class KeyRing:
         """True if no keys were configured: nobody needs one."""
         return self._file is None and not self._given
 
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all keys, as the file was when it was read last."""
+        return {*self._given, *self._filed.digests}
+
     def name_of(self, key: str) -> str | None:
         """Whose key it is, or None. How long that takes tells nothing about the keys. Never raises."""
         if self._look():

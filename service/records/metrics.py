@@ -4,7 +4,7 @@ Names and meanings are vLLM's where it has them (docs.vllm.ai, "Metrics"), with 
 chain and the name of the key: few values, and none that a caller can make up.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -131,14 +131,37 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(name, description, value)
 
 
-def metrics_router(metrics: Metrics) -> APIRouter:
-    """`/metrics`."""
+class KeyView(Collector):
+    """What one key may see: series of its own, and those of the whole service."""
+
+    def __init__(self, registry: CollectorRegistry, key: str) -> None:
+        self._registry = registry
+        self._key = key
+
+    def collect(self) -> Iterator[Metric]:
+        """One look."""
+        for family in self._registry.collect():
+            seen = Metric(family.name, family.documentation, family.type, family.unit)
+            seen.samples = [sample for sample in family.samples if sample.labels.get("key", self._key) == self._key]
+            yield seen
+
+
+def metrics_router(metrics: Metrics, operator_keys: Collection[str] | None = None) -> APIRouter:
+    """`/metrics`.
+
+    Args:
+        metrics: What is shown.
+        operator_keys: Names of keys that see the series of all keys; others see those of their own. None: everybody
+            sees all.
+    """
     router = APIRouter(tags=["health"])
 
     @router.get("/metrics", response_class=Response)
     def read_metrics(request: Request) -> Response:
         """Metrics in the text format of Prometheus, or of OpenMetrics for those who ask for it."""
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        return Response(encode(metrics.registry), media_type=content_type)
+        sees_all = operator_keys is None or request.state.key in operator_keys
+        shown = metrics.registry if sees_all else KeyView(metrics.registry, request.state.key)
+        return Response(encode(shown), media_type=content_type)
 
     return router

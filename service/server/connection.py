@@ -1,4 +1,4 @@
-"""Connections that nobody can hold for ever: uvicorn's HTTP protocol with an end to every wait for the peer.
+"""Connections that nobody can hold for ever: uvicorn's HTTP protocol with limits, and an end to every wait.
 
 uvicorn by itself waits without end for the head of a request, and for a reader who does not read. It knows no paths and
 no chains: bodies have the door's deadline, and requests that are at work, silent or not, are let be.
@@ -17,7 +17,9 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.errors import Problem
+from service.address import PEER
+from service.errors import MAX_NAME, Problem
+from service.server.connection_limit import ConnectionLimit
 
 if sys.platform != "win32":
     import fcntl
@@ -27,7 +29,23 @@ if sys.platform != "win32":
 log = logging.getLogger(__name__)
 
 MAX_HEAD = 64 * 1024
-"""Bytes of a request's line and headers. httptools takes any number, and so does uvicorn."""
+"""Bytes of a request's line and headers together. httptools takes any number, and so does uvicorn."""
+
+MAX_URL = 8 * 1024
+MAX_HEADER = 16 * 1024
+"""Bytes of one header, name and value."""
+
+MAX_HEADERS = 100
+"""Headers of a request, trailers included. Each is several Python objects, whatever its length."""
+
+LARGE_HEAD = 4 * 1024
+"""Bytes of an unfinished head from which on it counts as a large one: see `ConnectionLimit`."""
+
+SLICE = 16 * 1024
+"""Bytes that are parsed at once. A limit is noticed at most so many bytes late."""
+
+CHUNK_ALLOWANCE = 16
+"""Bytes of framing that a chunk of a body may have, besides twice its size. What exceeds that adds up to `MAX_HEAD`."""
 
 MAX_CONNECTIONS = 65_536
 
@@ -40,13 +58,26 @@ LINGER_S = 1.0
 DEAD_PEER_S = 60
 KEEP_ALIVE_IDLE_S, KEEP_ALIVE_INTERVAL_S, KEEP_ALIVE_PROBES = 60, 15, 4
 
-HEAD_TOO_LARGE = Problem(431, "head_too_large", f"the head of a request may have {MAX_HEAD} bytes at most")
+HEAD_TOO_LARGE = Problem(
+    431,
+    "head_too_large",
+    f"the request line and the headers may have at most {MAX_HEAD} bytes together, this request has more",
+)
+TOO_MANY_HEADERS = Problem(
+    431, "head_too_large", f"a request may have at most {MAX_HEADERS} headers and trailers, this request has more"
+)
 BAD_REQUEST = Problem(400, "bad_request", "this is not a valid HTTP request")
 
 
-def timed_protocol(idle_timeout_s: float) -> type[HttpToolsProtocol]:
-    """The protocol for `uvicorn.Config(http=…)`, that gives up on a peer that makes no progress for so long."""
-    return type("TimedProtocol", (Connection,), {"idle_timeout_s": idle_timeout_s})
+def timed_protocol(idle_timeout_s: float, max_connections: int = MAX_CONNECTIONS) -> type[HttpToolsProtocol]:
+    """Make the protocol for `uvicorn.Config(http=…)`.
+
+    Args:
+        idle_timeout_s: How long a client may make no progress before its connection is closed.
+        max_connections: How many connections may be open: see `ConnectionLimit`.
+    """
+    limit = ConnectionLimit(max_connections)
+    return type("TimedProtocol", (Connection,), {"idle_timeout_s": idle_timeout_s, "limit": limit})
 
 
 def keep_alive(listener: socket.socket, idle_timeout_s: float) -> None:
@@ -75,7 +106,11 @@ def allow_many() -> None:
 
 
 class HeadTooLarge(Exception):
-    """From within the parser: more than `MAX_HEAD`."""
+    """From within the parser: a limit is exceeded."""
+
+    def __init__(self, problem: Problem = HEAD_TOO_LARGE) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
 
 
 class Pipelined(Exception):
@@ -86,13 +121,15 @@ class Connection(HttpToolsProtocol):
     """One connection. It is looked at now and then, from `connection_made` to `connection_lost`."""
 
     idle_timeout_s: float
+    limit: ConnectionLimit
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ws_protocol_class = None  # no WebSockets here: they would leave this class, and its timeouts, behind
         self._next_look: TimerHandle
         self._head_since: float | None = None  # when the head now awaited began; None between requests and in bodies
-        self._num_loose = 0  # bytes since a head began or a piece of a body came: a head, CRLFs, trailers
+        self._num_loose = 0  # bytes since a head began; in a body, its framing beyond what each chunk may have
+        self._num_headers = 0
         self._unread: object = None  # what the peer had not taken when it last took some; None if it need not hurry
         self._unread_since = 0.0
         self._is_refused = False
@@ -102,15 +139,28 @@ class Connection(HttpToolsProtocol):
         transport.set_write_buffer_limits(MAX_HEAD)  # as it is without TLS, where asyncio takes eight times as much
         self._head_since = self.loop.time()
         self._look()
+        self.limit.add(self, self.client[0] if self.client else "")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._next_look.cancel()
+        self.limit.remove(self)
         super().connection_lost(exc)
+
+    def evict(self) -> None:
+        """Close at once: `ConnectionLimit` needs the room."""
+        self._next_look.cancel()
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Uvicorn's, without its keep-alive timer's cancellation (see below), its log lines and its upgrades."""
-        if self._is_refused or self.transport.is_closing():
-            return
+        for start in range(0, len(data), SLICE):
+            if self._is_refused or self.transport.is_closing():
+                return
+            self._parse(data[start : start + SLICE])
+        if self._head_since is not None and self._num_loose > LARGE_HEAD:
+            self.limit.hold_large_head(self)
+
+    def _parse(self, data: bytes) -> None:
         self._num_loose += len(data)
         try:
             self.parser.feed_data(data)
@@ -121,7 +171,7 @@ class Connection(HttpToolsProtocol):
                 self.cycle.keep_alive = False  # its sender may ask again elsewhere; see `on_message_begin`
                 self._is_refused = True
                 return
-            self._refuse(HEAD_TOO_LARGE if isinstance(error.__context__, HeadTooLarge) else BAD_REQUEST)
+            self._refuse(error.__context__.problem if isinstance(error.__context__, HeadTooLarge) else BAD_REQUEST)
         else:
             if self._num_loose > MAX_HEAD:
                 self._refuse(HEAD_TOO_LARGE)
@@ -132,19 +182,52 @@ class Connection(HttpToolsProtocol):
             raise Pipelined
         super().on_message_begin()
         self._num_loose = 0  # what is read along with a head's first byte may not be its own, and is not counted
+        self._num_headers = 0
+        self.scope["state"][PEER] = self.client
         if self._head_since is None:
             self._head_since = self.loop.time()
+
+    def on_url(self, url: bytes) -> None:
+        if len(self.url) + len(url) > MAX_URL:
+            message = f"a URL may have at most {MAX_URL} bytes, this request has a longer one"
+            raise HeadTooLarge(Problem(414, "url_too_long", message))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_headers += 1
+        if self._num_headers > MAX_HEADERS:
+            raise HeadTooLarge(TOO_MANY_HEADERS)
+        if (size := len(name) + len(value)) > MAX_HEADER:
+            named = name[:MAX_NAME].decode("latin-1")
+            message = f"a header may have at most {MAX_HEADER} bytes, the header {named!r} has {size}"
+            raise HeadTooLarge(Problem(431, "head_too_large", message))
+        if self._head_since is not None:  # else it is a trailer: nobody needs them
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if len(self.url) + sum(map(len, chain.from_iterable(self.headers))) > MAX_HEAD:
             raise HeadTooLarge
         super().on_headers_complete()
         self._head_since = None
-        self.headers = []  # what follows are trailers: they do not join the headers that others go by
+        self._num_loose = 0
+        self.limit.release_head(self)
+        self.limit.wait(self)  # for the body, from now on
 
     def on_body(self, body: bytes) -> None:
-        self._num_loose = 0
+        self._num_loose = max(0, self._num_loose - CHUNK_ALLOWANCE - 3 * len(body))  # once for the body itself
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._note_wait()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._note_wait()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._note_wait()
 
     def timeout_keep_alive_handler(self) -> None:
         """Where uvicorn cancels this at any byte, and so waits for ever after a stray one, it is asked if it holds."""
@@ -154,6 +237,14 @@ class Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self._unread = None
         super().resume_writing()
+        self._note_wait()
+
+    def _note_wait(self) -> None:
+        """Say who waits for whom."""
+        if self._is_answering() and not (self.cycle.more_body or self.flow.write_paused):
+            self.limit.work(self)
+        else:
+            self.limit.wait(self)
 
     def _look(self) -> None:
         self._next_look = self.loop.call_later(self.idle_timeout_s / LOOKS_PER_TIMEOUT, self._look)
@@ -182,9 +273,11 @@ class Connection(HttpToolsProtocol):
         request_id = uuid.uuid4().hex
         log.info("Refused %s: %s", self._peer(), problem.message, extra={"request_id": request_id})
         self._is_refused, self._head_since = True, None
+        self.limit.release_head(self)
         if self._is_answering():
             self.transport.close()
             return
+        self.url, self.headers, self.scope = b"", [], None  # type: ignore[assignment]  # they may be large
         body = json.dumps(problem.body(request_id)).encode()
         headers = [
             *self.server_state.default_headers,

@@ -95,6 +95,7 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedServ
         awaited="/ready",
         api_keys_file=str(file),
         api_keys=f"given:{GIVEN}",
+        login_rate_limit="",
     ) as server:
         server.file, server.key, server.revoked = file, added["ada"].stdout.strip(), added["eve"].stdout.strip()
         assert get(server, "/docs", by_bearer(server.revoked)).status_code == 200
@@ -182,6 +183,38 @@ def test_the_metrics_name_the_key_and_not_the_secret(keyed_server: KeyedServer) 
     assert GIVEN not in metrics
 
 
+def test_failed_log_ins_and_pages_are_limited_and_health_is_not(tmp_path: Path) -> None:
+    with Server(
+        tmp_path / "log",
+        script="tests/scripted_server.py",
+        api_keys=f"ada:{GIVEN},bob:{GIVEN}-of-bob",
+        login_rate_limit="3/hour",
+        page_rate_limit="5/hour",
+        operator_keys="ada,nobody",
+    ) as server:
+        assert "SERVE_OPERATOR_KEYS: there is no key named nobody" in server.log.read_text()
+        wrong = {**by_header("wrong"), "X-Forwarded-For": "203.0.113.1"}
+        answers = [get(server, "/docs", wrong) for _ in range(5)]
+        assert [answer.status_code for answer in answers] == [401, 401, 401, 429, 429]
+        assert answers[-1].json()["error"]["type"] == "rate_limited"
+        assert int(answers[-1].headers["retry-after"]) > 0
+        assert get(server, "/docs", {**wrong, "X-Forwarded-For": "203.0.113.2"}).status_code == 401
+        right = {**wrong, **by_header(GIVEN)}
+        assert [get(server, "/docs", right).status_code for _ in range(6)] == [200] * 5 + [429]
+        assert ask(server, "POST", "/translate/invoke", right).status_code == 200
+        assert all(get(server, path, right).status_code == 200 for path in ["/health", "/ready"] * 10)
+
+
+@pytest.mark.parametrize("forwarded", ["1.2.3.4 forged", "<b>x</b>", "fe80::1%forged", "forged:1", "x" * 15_000])
+def test_what_a_proxy_forwards_is_logged_only_if_it_is_an_address(
+    keyed_server: KeyedServer, scripted_server: Server, forwarded: str
+) -> None:
+    get(keyed_server, "/docs", {"X-Forwarded-For": forwarded, "X-Request-ID": "forwarder"})
+    log = keyed_server.log.read_text()
+    assert "forged" not in log
+    assert forwarded not in log
+
+
 def test_a_page_of_another_site_cannot_make_a_browser_call(keyed_server: KeyedServer, scripted_server: Server) -> None:
     for server, headers in ((keyed_server, by_basic(GIVEN)), (scripted_server, {})):
         for foreign in (
@@ -257,6 +290,8 @@ def test_beyond_this_machine_it_starts_with_keys_or_if_told_to(tmp_path: Path, s
         ({"api_keys_file": "/nowhere/keys"}, "/nowhere/keys"),
         ({"redis_url": "redis://:shorty/@h:1/0"}, "SERVE_REDIS_URL is no URL"),
         ({"max_batch": "3,chta=2"}, "there is no chain 'chta'"),
+        ({"operator_keys": "ada"}, "SERVE_OPERATOR_KEYS (--operator-keys): there are no keys"),
+        ({"operator_keys": "a b", "api_keys": f"ada:{GIVEN}"}, "'a b' is no name of a key"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line_and_ends_the_process(

@@ -52,10 +52,12 @@ async def test_the_metrics_of_200_requests_are_what_their_clients_count(tmp_path
         script="tests/scripted_server.py",
         api_keys=",".join(f"{name}:{key}" for name, key in KEYS.items()),
         max_queue="300",
+        operator_keys="ada",
     ) as server:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             await asyncio.gather(*(ask(client, index) for index in range(NUM_REQUESTS)))
         seen = await asyncio.to_thread(read_metrics, server, KEYS["ada"])
+        seen_by_bob = await asyncio.to_thread(read_metrics, server, KEYS["bob"])
 
     def value(metric: str, **labels: str) -> float:
         return seen.get((metric, frozenset(labels.items())), 0)
@@ -77,3 +79,5 @@ async def test_the_metrics_of_200_requests_are_what_their_clients_count(tmp_path
     assert value("serve_num_requests_running") == value("serve_num_requests_waiting") == 0
     assert value("serve_http_requests_inside") == 0
     assert value("serve_prefix_cache_queries_total") == sum(counted[name, "prompt tokens"] for name in KEYS)
+    of_bob = {name: value for name, value in seen.items() if ("key", "bob") in name[1]}
+    assert of_bob == {name: value for name, value in seen_by_bob.items() if dict(name[1]).get("key") is not None}

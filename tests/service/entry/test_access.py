@@ -33,16 +33,22 @@ async def call(
     allowed_hosts: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
     insecure: bool = False,
+    access: Access | None = None,
+    client: str = "192.0.2.1",
 ) -> str:
-    """Send one request through; the name that it came in with."""
+    """Send one request through; the name that it came in with. `access` is used in place of one made for it."""
     names: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         names.append(scope["state"]["key"])
 
     encoded = [(name.encode(), value.encode() if isinstance(value, str) else value) for name, value in headers]
-    scope = {"type": "http", "method": method, "path": path, "root_path": root_path, "headers": encoded}
-    access = Access(app, KeyRing(None, KEYS) if keys is None else keys, allowed_hosts, cors_origins, insecure)
+    scope: Any = {"type": "http", "method": method, "path": path, "root_path": root_path, "headers": encoded}
+    scope["client"] = (client, 4000)
+    if access is None:
+        access = Access(app, KeyRing(None, KEYS) if keys is None else keys, allowed_hosts, cors_origins, insecure)
+    else:
+        access.app = app
     await access(scope, None, None)  # type: ignore[arg-type]  # it neither receives nor sends
     (name,) = names
     return name
@@ -52,6 +58,102 @@ async def refusal(*headers: tuple[str, str | bytes], **given: Any) -> Any:
     with pytest.raises(Refusal) as refused:
         await call(*headers, **given)
     return refused.value.problem
+
+
+def limited(keys: str = KEYS, **limits: str) -> Access:
+    return Access(None, KeyRing(None, keys), (), (), False, **limits)  # type: ignore[arg-type]  # `call` gives it one
+
+
+WRONG = ("x-api-key", "llama-a-wrong-key-00")
+
+
+async def test_failed_log_ins_are_limited_per_address() -> None:
+    access = limited(login_rate_limit="3/hour")
+    for _ in range(3):
+        assert (await refusal(WRONG, access=access)).status == 401
+    problem = await refusal(WRONG, access=access)
+    assert (problem.status, problem.kind) == (429, "rate_limited")
+    assert 1 <= int(problem.headers["Retry-After"]) <= 1200
+    assert "SERVE_LOGIN_RATE_LIMIT" in problem.message
+    assert "3/hour" in problem.message
+    assert (await refusal(("authorization", "Bearer x"), method="GET", access=access)).status == 429
+    assert (await refusal(WRONG, access=access, client="192.0.2.2")).status == 401
+
+
+async def test_a_right_key_is_served_from_an_address_with_too_many_failed_log_ins() -> None:
+    """Or whoever shares an address, behind a company's proxy say, could lock everybody else there out."""
+    access = limited(login_rate_limit="1/hour")
+    assert (await refusal(WRONG, access=access)).status == 401
+    assert (await refusal(WRONG, access=access)).status == 429
+    assert await call(("x-api-key", KEY), access=access) == "ada"
+    assert (await refusal(WRONG, access=access)).status == 429
+
+
+async def test_right_keys_and_missing_keys_are_no_failed_log_ins() -> None:
+    access = limited(login_rate_limit="1/hour")
+    for _ in range(5):
+        await call(("x-api-key", KEY), access=access)
+        assert (await refusal(access=access)).status == 401
+    assert (await refusal(WRONG, access=access)).status == 401
+
+
+async def test_an_ipv6_network_is_one_address() -> None:
+    access = limited(login_rate_limit="1/hour")
+    assert (await refusal(WRONG, access=access, client="2001:db8:0:1::1")).status == 401
+    assert (await refusal(WRONG, access=access, client="2001:db8:0:1:ffff::2")).status == 429
+    assert (await refusal(WRONG, access=access, client="2001:db8:0:2::1")).status == 401
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "DELETE"])
+async def test_pages_are_limited_per_key(method: str) -> None:
+    access = limited(page_rate_limit="2/hour")
+    for _ in range(2):
+        assert await call(("x-api-key", KEY), method=method, path="/docs", access=access) == "ada"
+    problem = await refusal(("x-api-key", KEY), method=method, path="/chat/input_schema", access=access)
+    assert (problem.status, problem.kind) == (429, "rate_limited")
+    assert 1 <= int(problem.headers["Retry-After"]) <= 1800
+    assert "SERVE_PAGE_RATE_LIMIT" in problem.message
+    assert await call(("x-api-key", OTHER), method=method, access=access) == "bea"
+    assert await call(("x-api-key", KEY), method="POST", access=access) == "ada", "calls have a limit of their own"
+    assert await call(method="GET", path="/health", access=access) == ""
+
+
+async def test_where_there_is_no_key_pages_are_limited_per_address() -> None:
+    for access, served in ((limited("", page_rate_limit="2/hour"), True), (limited(page_rate_limit="2/hour"), False)):
+        for _ in range(2):
+            if served:
+                assert await call(method="GET", access=access) == ""
+            else:
+                assert (await refusal(method="GET", access=access)).status == 401
+        assert (await refusal(method="GET", access=access)).status == 429
+        assert await call(method="GET", path="/health", access=access) == ""
+        if served:
+            assert await call(method="GET", access=access, client="192.0.2.2") == ""
+
+
+async def test_a_client_without_an_address_is_counted_too() -> None:
+    access = limited("", page_rate_limit="1/hour")
+    await call(method="GET", access=access, client="")
+    assert (await refusal(method="GET", access=access, client="")).status == 429
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("x-api-key", f"{KEY} "),
+        ("x-api-key", f"\t{KEY} \t"),
+        ("authorization", f"Bearer {KEY}\t"),
+        ("authorization", f" Bearer\t {KEY} "),
+        ("authorization", basic("anyone", KEY) + " \t"),
+    ],
+)
+async def test_white_space_around_a_key_is_ignored(header: tuple[str, str]) -> None:
+    assert await call(header) == "ada"
+
+
+@pytest.mark.parametrize("space", ["\xa0", "\x0b", "\x85", " x"])
+async def test_what_is_no_white_space_in_http_is_part_of_the_key(space: str) -> None:
+    assert (await refusal(("x-api-key", (KEY + space).encode("latin-1")))).status == 401
 
 
 WAYS = [

@@ -1,5 +1,8 @@
 """The metrics, as Prometheus reads them."""
 
+import re
+from typing import Any
+
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -103,3 +106,41 @@ async def test_prometheus_reads_them(metrics: Metrics, accept: str) -> None:
     assert "version=" in answer.headers["content-type"]
     families = {family.name for family in text_string_to_metric_families(answer.text.replace("# EOF\n", ""))}
     assert {"serve_up", "serve_generation_tokens", "serve_time_to_first_token_seconds"} <= families
+
+
+async def read(app: FastAPI, key: str, accept: str = "") -> str:
+    async def keyed(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "state": {"key": key}}, receive, send)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(keyed), base_url="http://localhost") as client:
+        response = await client.get("/metrics", headers={"Accept": accept})
+    assert response.status_code == 200
+    return response.text
+
+
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
+async def test_a_key_sees_its_own_series_and_those_of_the_service(metrics: Metrics, accept: str) -> None:
+    metrics.count_request(record())
+    metrics.count_generation(report(tokens=(11.0, 11.5)), record())
+    metrics.count_request(record(key="bob", problem=Problem(429, "rate_limited", "")))
+    metrics.count_request(record(key="", problem=Problem(401, "unauthorized", "")))
+    app = FastAPI()
+    app.include_router(metrics_router(metrics, ["boss"]))
+    alone, all_keys = await read(app, "ada", accept), await read(app, "boss", accept)
+    assert {'key="ada"', 'key="bob"', 'key=""'} == set(re.findall(r'key="\w*"', all_keys))
+    assert set(re.findall(r'key="\w*"', alone)) == {'key="ada"'}
+    assert "unauthorized" not in alone
+    for line in all_keys.splitlines():  # but for times and such, all that is not another's
+        if line.startswith("serve_") and "key=" not in line:
+            assert line in alone
+    families = {family.name: family.samples for family in text_string_to_metric_families(alone)} if not accept else {}
+    if families:
+        (sample,) = [one for one in families["serve_generation_tokens"] if one.name.endswith("_total")]
+        assert (sample.labels, sample.value) == ({"chain": "chat", "key": "ada"}, 2)
+
+
+async def test_without_keys_everybody_sees_all(metrics: Metrics) -> None:
+    metrics.count_request(record(key="ada"))
+    app = FastAPI()
+    app.include_router(metrics_router(metrics))
+    assert 'key="ada"' in await read(app, "")

@@ -21,7 +21,8 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.server.connection import MAX_HEAD, keep_alive, timed_protocol
+from service.server.connection import MAX_HEAD, MAX_HEADER, MAX_HEADERS, MAX_URL, keep_alive, timed_protocol
+from service.server.connection_limit import MAX_LARGE_HEADS
 
 IDLE_TIMEOUT_S = 1.0
 PATIENCE_S = 30
@@ -81,10 +82,12 @@ class World:
 
 
 @contextlib.contextmanager
-def serving(**options: Any) -> Iterator[World]:
+def serving(
+    *, idle_timeout_s: float = IDLE_TIMEOUT_S, max_connections: int = 10_000, **options: Any
+) -> Iterator[World]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         world = World(listener.getsockname()[1])
-        http = timed_protocol(IDLE_TIMEOUT_S)
+        http = timed_protocol(idle_timeout_s, max_connections)
         world.server = server = uvicorn.Server(
             uvicorn.Config(world, http=http, log_config=None, timeout_graceful_shutdown=1, **options)
         )
@@ -290,6 +293,145 @@ def test_a_large_head_in_one_piece_is_answered_431(world: World) -> None:
         client.sendall(b"GET / HTTP/1.1\r\nA: " + b"a" * MAX_HEAD + b"\r\n\r\n")
         assert problem_in(read_all(client)) == (431, "head_too_large")
     assert world.headers == []
+
+
+HEADS = {
+    "too many headers": (b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 15_900, 431, f"{MAX_HEADERS} headers"),
+    "one header too many": (get("/")[:-2] + b"A: b\r\n" * (MAX_HEADERS - 1) + b"B", 431, f"{MAX_HEADERS} headers"),
+    "empty headers": (b"GET / HTTP/1.1\r\n" + b"a: \r\n" * 2000, 431, f"{MAX_HEADERS} headers"),
+    "a long value": (
+        b"GET / HTTP/1.1\r\nLong: " + b"v" * (MAX_HEADER - 3) + b"\r\nA: ",
+        431,
+        f"{MAX_HEADER} bytes, the header 'Long' has {MAX_HEADER + 1}",
+    ),
+    "a long name": (b"GET / HTTP/1.1\r\n" + b"n" * MAX_HEADER + b": v\r\nA: ", 431, f"has {MAX_HEADER + 1}"),
+    "long values that add up": (
+        b"GET / HTTP/1.1\r\n" + (b"A: " + b"v" * (MAX_HEADER - 100) + b"\r\n") * 6,
+        431,
+        f"{MAX_HEAD} bytes",
+    ),
+    "a long URL": (b"GET /" + b"u" * MAX_URL + b" HTTP/1.1\r\nA: ", 414, f"{MAX_URL} bytes"),
+    "a long query": (b"GET /?" + b"&a" * MAX_URL + b" HTTP/1.1\r\nA: ", 414, f"{MAX_URL} bytes"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("piece", [1_000, 1_000_000])
+def test_a_head_beyond_a_limit_is_refused_before_it_ends(world: World, name: str, piece: int) -> None:
+    """An unfinished head of 64 kB was kept as 16,000 headers, which took 1 to 2 MB, until it timed out."""
+    head, status, said = HEADS[name]
+    with world.connect() as client:
+        with contextlib.suppress(ConnectionError):
+            for start in range(0, len(head), piece):
+                client.sendall(head[start : start + piece])
+        answer = read_all(client)
+    assert problem_in(answer) == (status, "url_too_long" if status == 414 else "head_too_large")
+    assert said in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+    assert world.headers == []
+
+
+def test_a_head_at_the_limits_is_served(world: World) -> None:
+    with world.connect() as client:
+        long = b"Long: " + b"v" * (MAX_HEADER - 4) + b"\r\n"
+        url = b"/" + b"u" * (MAX_URL - 1)
+        client.sendall(b"GET " + url + b" HTTP/1.1\r\n" + long + b"A: b\r\n" * (MAX_HEADERS - 1) + b"\r\n")
+        assert url in read_answer(client)
+    assert len(world.headers[0]) == MAX_HEADERS
+
+
+def test_headers_are_counted_anew_for_each_request(world: World) -> None:
+    with world.connect() as client:
+        for _ in range(3):
+            client.sendall(b"GET /one HTTP/1.1\r\n" + b"A: b\r\n" * MAX_HEADERS + b"\r\n")
+            assert b"/one" in read_answer(client)
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+
+
+def test_many_trailers_end_the_request(world: World) -> None:
+    with world.connect() as client:
+        client.sendall(CHUNKED + b"1\r\na\r\n0\r\n" + b"T: a\r\n" * MAX_HEADERS)
+        assert read_all(client) == b""
+
+
+def test_long_chunk_extensions_end_the_request(world: World) -> None:
+    """However much body comes between them: each chunk used to start the count anew."""
+    with world.connect() as client:
+        client.sendall(CHUNKED)
+        with pytest.raises(ConnectionError):
+            client.sendall((b"1;" + b"x" * 1_000 + b"\r\na\r\n") * 20_000)
+
+
+def test_a_body_in_chunks_of_one_byte_is_served(world: World) -> None:
+    with world.connect() as client:
+        client.sendall(CHUNKED + b"1\r\na\r\n" * 50_000 + b"0\r\n\r\n")
+        assert b"a" * 50_000 in read_all(client)
+
+
+def test_idle_connections_beyond_the_limit_make_room_for_a_request() -> None:
+    with serving(idle_timeout_s=PATIENCE_S, max_connections=10) as small, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(small.connect()) for _ in range(40)]
+        client = stack.enter_context(small.connect())
+        client.sendall(get("/one", close=True))
+        assert b"/one" in read_all(client)
+        wait_until(lambda: small.num_held() <= 10)
+        assert is_closed(idle[0])
+        assert not is_closed(idle[-1])
+
+
+@pytest.mark.parametrize("kind", ["half a head", "half a body", "not reading"])
+def test_whoever_keeps_the_service_waiting_makes_room(kind: str) -> None:
+    with serving(idle_timeout_s=PATIENCE_S, max_connections=5) as small, contextlib.ExitStack() as stack:
+        sent = {
+            "half a head": b"GET / HTTP/1.1\r\nHost: ",
+            "half a body": b"POST /slow HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe",
+            "not reading": get("/endless"),
+        }[kind]
+        for _ in range(5):
+            client = stack.enter_context(small.connect(receive_buffer=4096))
+            client.sendall(sent)
+        if kind == "not reading":
+            wait_until(lambda: sum(is_stalled(one) for one in small.server.server_state.connections) == 5)
+        for _ in range(3):
+            client = stack.enter_context(small.connect())
+            client.sendall(get("/one", close=True))
+            assert b"/one" in read_all(client)
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Whether the server has closed a connection on which it has sent nothing."""
+    client.setblocking(False)
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def is_stalled(connection: object) -> bool:
+    assert isinstance(connection, HttpToolsProtocol)
+    return connection.flow.write_paused
+
+
+def test_a_request_that_is_computed_is_not_closed_for_others() -> None:
+    with serving(max_connections=5) as small, contextlib.ExitStack() as stack:
+        client = stack.enter_context(small.connect())
+        client.sendall(get("/slow", close=True))
+        wait_until(lambda: len(small.headers) == 1)
+        for _ in range(20):
+            stack.enter_context(small.connect())
+        assert b"/slow" in read_all(client)
+
+
+def test_large_unfinished_heads_make_room_for_others() -> None:
+    with serving(idle_timeout_s=PATIENCE_S) as world, contextlib.ExitStack() as stack:
+        head = b"GET / HTTP/1.1\r\n" + (b"A: " + b"v" * 10_000 + b"\r\n") * 5
+        clients = [stack.enter_context(world.connect()) for _ in range(MAX_LARGE_HEADS + 10)]
+        for client in clients:
+            client.sendall(head)
+        wait_until(lambda: sum(map(is_closed, clients)) == 10)
 
 
 def test_endless_trailers_end_the_request(world: World) -> None:

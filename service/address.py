@@ -1,0 +1,54 @@
+"""Addresses of clients: checked before anything is logged, counted or limited by them."""
+
+from ipaddress import IPv6Address, ip_address, ip_network
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+IPV6_PREFIX = 64
+"""Bits of an IPv6 address that say whose it is: the rest its owner chooses freely."""
+
+MAX_ADDRESS = 64
+"""Characters that are looked at. No address has as many."""
+
+PEER = "peer"
+"""Where in a scope's state the connection's own address is: uvicorn replaces `client` by what a proxy says."""
+
+
+def parse_address(text: str) -> str:
+    """An IP address in its one spelling, without a zone. Empty if the text is something else."""
+    try:
+        address = ip_address(text[:MAX_ADDRESS])
+    except ValueError:
+        return ""
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(IPv6Address(int(address)))  # a zone (`%eth0`) may be any text
+    return str(address)
+
+
+def network_of(address: str) -> str:
+    """What stands for a client where clients are told apart by address. Empty if there is no address."""
+    parsed = parse_address(address)
+    return str(ip_network(f"{parsed}/{IPV6_PREFIX}", strict=False)) if ":" in parsed else parsed
+
+
+class ClientAddress:
+    """Puts an IP address, or nothing, into `scope["client"]`.
+
+    Uvicorn copies what a trusted proxy's `X-Forwarded-For` says, whatever it is, and a proxy may pass on what its
+    client wrote there. In place of text that is no address, the address of the connection's peer is used.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host, port = scope.get("client") or ("", 0)
+            address = parse_address(host)
+            if not address:
+                host, port = scope.get("state", {}).get(PEER) or ("", 0)
+                address = parse_address(host)
+            scope["client"] = (address, port if 0 <= port <= 65535 else 0) if address else None
+        await self.app(scope, receive, send)
