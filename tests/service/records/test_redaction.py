@@ -24,10 +24,12 @@ def logged(name: str, message: str, *arguments: object, error: BaseException | N
     handler = log_handler("json", stream)
     logger = logging.getLogger(name)
     logger.addHandler(handler)
+    logger.propagate = False  # pytest's own handler would raise at a line that cannot be formatted
     try:
         logger.error(message, *arguments, exc_info=error, extra=extra)
     finally:
         logger.removeHandler(handler)
+        logger.propagate = True
     return stream.getvalue()
 
 
