@@ -68,8 +68,8 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def run(settings: Settings, engine: Engine, listener: socket.socket | None = None) -> int:
-    """Serve the chains over an engine until told to stop, or until its model turns out not to be had."""
-    start_logging(settings.log_level, settings.log_format)
+    """Serve the chains over an engine until told to stop, or until the engine fails to load or dies."""
+    start_logging(settings.log_level, settings.log_format, has_texts=settings.log_texts)
     try:
         exit_code = serve(settings, engine, listener or listen(settings))
     except (KeysError, SettingsError) as error:
@@ -106,7 +106,12 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
         config.load()
     except OSError as error:
         raise SettingsError(f"SERVE_SSL_CERTFILE or SERVE_SSL_KEYFILE cannot be used: {error}") from error
-    server = DrainingServer(config, app.state.admission, drain_timeout_s=settings.drain_timeout_s)
+    server = DrainingServer(
+        config,
+        app.state.admission,
+        drain_timeout_s=settings.drain_timeout_s,
+        engine=engine if settings.on_engine_death == "exit" else None,
+    )
 
     def watch() -> None:
         try:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, RootMod
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from chains.cancellable import run_cancellable
 from chains.chain import Chain
 from chains.conversation import trim_to_fit
 from chains.documents.measure import Measure
@@ -115,13 +116,17 @@ def _instructed(messages: list[BaseMessage], system_prompt: str) -> list[BaseMes
 
 
 class Fitting(RunnableLambda[dict[str, Any], Fitted]):
-    """From an input to what the model is shown. Coroutines have it done in a thread: counting long texts takes time."""
+    """From an input to what the model is shown. Async callers have it done in a thread: counting long texts takes
+    time, and ends when they are cancelled."""
 
     def __init__(self, model: BaseChatModel) -> None:
         def fit_input(chat_input: dict[str, Any], config: RunnableConfig) -> Fitted:
             return fit(model, chat_input, config.get("configurable", {}))
 
-        super().__init__(fit_input, name="fit")
+        async def afit_input(chat_input: dict[str, Any], config: RunnableConfig) -> Fitted:
+            return await run_cancellable(fit_input, chat_input, config)
+
+        super().__init__(fit_input, afit_input, name="fit")
 
     @property
     def config_specs(self) -> list[ConfigurableFieldSpec]:

@@ -5,7 +5,6 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, Literal, Self
 
-import anyio.to_thread
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig
@@ -13,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic.config import JsonDict
 from pydantic.json_schema import SkipJsonSchema
 
+from chains.cancellable import checkpoint, run_cancellable
 from chains.chain import Chain
 from chains.documents.cutting import cut
 from chains.documents.files import FileReader
@@ -136,9 +136,12 @@ def _decode(file: str) -> bytes:
     encoded = encoded.replace("\r", "").replace("\n", "")
     if encoded.find("=", 0, -2) >= 0:
         raise ValueError("there is padding before its end")
+    decoded = bytearray()
     # Piece by piece: Python's other threads stand still while one is decoded.
-    pieces = (encoded[start : start + DECODED_AT_ONCE] for start in range(0, len(encoded), DECODED_AT_ONCE))
-    return b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
+    for start in range(0, len(encoded), DECODED_AT_ONCE):
+        checkpoint()
+        decoded += base64.b64decode(encoded[start : start + DECODED_AT_ONCE], validate=True)
+    return bytes(decoded)
 
 
 async def prepare(asked: BaseModel, reader: FileReader) -> BaseModel:
@@ -147,7 +150,7 @@ async def prepare(asked: BaseModel, reader: FileReader) -> BaseModel:
     if not asked.file:
         return asked
     try:
-        content = await anyio.to_thread.run_sync(_decode, asked.file)
+        content = await run_cancellable(_decode, asked.file)
     except ValueError as error:
         raise UnreadableFile("file", f"the file is not in base64: {error}") from error
     read = await reader.read(content)

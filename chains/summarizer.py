@@ -16,6 +16,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import patch_config
 
+from chains.cancellable import run_cancellable
 from chains.documents.cutting import cut
 from chains.documents.in_order import Job, in_order
 from chains.documents.measure import Measure
@@ -140,8 +141,8 @@ class Summarizer:
 
     async def pieces(self, text: str) -> AsyncGenerator[str]:
         """Yield the summary as it comes."""
-        room = await asyncio.to_thread(self.room)
-        if await asyncio.to_thread(self._measure.is_at_most, text, room):
+        room = await run_cancellable(self.room)
+        if await run_cancellable(self._measure.is_at_most, text, room):
             order, shown = WHOLE, text
         else:
             order, shown = NOTES, await self._condensed(text, room)
@@ -167,16 +168,16 @@ class Summarizer:
         if min(room, budget) < MIN_ROOM:
             raise InputError("text", f"the context of {context} tokens has no room for a text besides what is asked")
         note_tokens = min(most, room // 4, budget // 4)
-        cut_up = await asyncio.to_thread(cut, text, budget=budget, count=self._measure.count)
+        cut_up = await run_cancellable(cut, text, budget=budget, count=self._measure.count)
         parts = [part for part in cut_up if part.strip()]
         self.told.num_parts = len(parts)
         stage, order = "map", PART
         while True:
             notes = await self._notes(stage, order, parts, note_tokens)
             shown = "\n\n".join(notes)
-            if await asyncio.to_thread(self._measure.is_at_most, shown, room):
+            if await run_cancellable(self._measure.is_at_most, shown, room):
                 return shown
-            parts = await asyncio.to_thread(self._grouped, notes, budget)
+            parts = await run_cancellable(self._grouped, notes, budget)
             stage, order = "collapse", NOTES
 
     async def _notes(self, stage: str, order: str, parts: Sequence[str], note_tokens: int) -> list[str]:
@@ -210,8 +211,8 @@ class Summarizer:
         written = message.text.strip()
         if not written:
             self.told.problems.append(f"{name} has no summary: its beginning stands for it")
-            return cut(part.strip(), budget=note_tokens, count=self._measure.count)[0]
-        first, *more = cut(written, budget=2 * note_tokens, count=self._measure.count)
+            return (await run_cancellable(cut, part.strip(), budget=note_tokens, count=self._measure.count))[0]
+        first, *more = await run_cancellable(cut, written, budget=2 * note_tokens, count=self._measure.count)
         if more:
             self.told.problems.append(f"the summary of {name} is too long: its end is left out")
         return first

@@ -1,6 +1,5 @@
 """The translation chain: a text of any length and a language in, the text in that language out."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -14,6 +13,7 @@ from langchain_core.runnables.utils import AddableDict
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
+from chains.cancellable import run_cancellable
 from chains.chain import Chain
 from chains.documents.in_order import in_order
 from chains.documents.languages import detect, find_language, is_same
@@ -125,7 +125,7 @@ class Translation:
     ) -> AsyncGenerator[str | SegmentReport]:
         """Yield the translation bit by bit, and after each segment of it what became of that."""
         asked = TranslateInput.model_validate(value)
-        wish = await asyncio.to_thread(_wish, asked)
+        wish = await run_cancellable(_wish, asked)
         if wish.source is not None and is_same(wish.source, wish.target):
             kept = SegmentReport.kept(asked.text)
             yield asked.text
@@ -133,7 +133,7 @@ class Translation:
             yield kept
             return
         options = self.options(config.get("configurable", {}))
-        budget = await asyncio.to_thread(self._budget, wish, options)
+        budget = await run_cancellable(self._budget, wish, options)
         translator = Translator(
             self._model,
             wish,

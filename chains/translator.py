@@ -15,6 +15,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import patch_config
 from pydantic import BaseModel, ConfigDict
 
+from chains.cancellable import run_cancellable
 from chains.documents.cutting import MIN_BUDGET as MIN_PIECE
 from chains.documents.cutting import cut
 from chains.documents.languages import is_written_in
@@ -177,7 +178,7 @@ class Translator:
                 is_held = (may_be_copy and attempt.is_copy) or attempt.has_new_marks
                 if may_flow and its_turn.is_set() and not is_held:
                     yield attempt.take()
-        attempt.problems = await asyncio.to_thread(self._problems, attempt, is_line=segment.is_line)
+        attempt.problems = await run_cancellable(self._problems, attempt, is_line=segment.is_line)
         status: Literal["translated", "mended", "faulty"] = "faulty" if attempt.problems else "translated"
         is_short_as_asked = attempt.stop_reason is not None or (
             attempt.finish_reason == "length" and "max_tokens" in self._options
@@ -213,7 +214,7 @@ class Translator:
                 async for chunk in chunks:
                     attempt.add(chunk)
             is_line = segment.is_line or (len(pieces) > 1 and "\n" not in words)
-            problems = await asyncio.to_thread(self._problems, attempt, is_line=is_line)
+            problems = await run_cancellable(self._problems, attempt, is_line=is_line)
             is_of_use = not problems or (attempt.is_cut_off and attempt.text)
             before, _, after = piece.text.partition(words)
             mended += before + (attempt.text if is_of_use else words) + after

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import INTERNAL, Problem, describe
+from service.errors import INTERNAL, ChainFailed, Problem, describe, only
 from service.records.record import record_of
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class ErrorBoundary:
             problem = record.problem = describe(error)
             if problem is INTERNAL:
                 log.exception("The request failed")
+            elif isinstance(failure := only(error), ChainFailed):
+                log.error("The request failed: %s", failure.problem.kind, exc_info=failure.__cause__)
             if is_stream and not is_complete:
                 await send({"type": "http.response.body", "body": error_event(problem, record.id), "more_body": True})
                 await asyncio.sleep(BREAK_OFF_DELAY_S)

@@ -10,7 +10,8 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from langchain_core.exceptions import ContextOverflowError
+from langchain_core.exceptions import ContextOverflowError, OutputParserException
+from langchain_core.tools import ToolException
 from starlette.exceptions import HTTPException
 
 from chains import errors as chain_errors
@@ -74,11 +75,35 @@ INTERNAL = Problem(
 )
 
 
+CHAIN_FAILURES: Sequence[tuple[type[BaseException], int, str, str]] = (
+    (OutputParserException, 502, "output_parser_failed", "the chain {chain} could not parse the model's answer"),
+    (ToolException, 502, "tool_failed", "a tool of the chain {chain} failed"),
+    (BaseException, 500, "chain_failed", "the chain {chain} failed with {error}"),
+)
+"""Failures of a chain's own steps: their status, type and message; the first that fits."""
+
+
+class ChainFailed(Exception):
+    """A step of a chain has raised an error that is none of the model's, of an input, or of the service."""
+
+    def __init__(self, chain: str, error: BaseException) -> None:
+        """Describe a failure by its type alone: its message may quote the model, or a caller.
+
+        Args:
+            chain: Its name.
+            error: What was raised.
+        """
+        error = only(error)
+        status, kind, message = next(row[1:] for row in CHAIN_FAILURES if isinstance(error, row[0]))
+        said = message.format(chain=chain, error=type(error).__name__)
+        super().__init__(said)
+        self.problem = Problem(status, kind, f"{said}; the service's log says where, under this request_id")
+
+
 def describe(error: BaseException) -> Problem:
     """How callers see an error. Of those that nobody foresaw they see no detail."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    if isinstance(error, Refusal):
+    error = only(error)
+    if isinstance(error, Refusal | ChainFailed):
         return error.problem
     if isinstance(error, RequestValidationError):
         return _describe_validation(error)
@@ -89,6 +114,13 @@ def describe(error: BaseException) -> Problem:
         if isinstance(error, kind_of_error):
             return Problem(status, kind, str(error), getattr(error, "field", None), headers)
     return INTERNAL
+
+
+def only(error: BaseException) -> BaseException:
+    """The error itself, of a group of one."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def _describe_validation(error: RequestValidationError) -> Problem:

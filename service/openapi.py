@@ -51,7 +51,8 @@ REFUSALS = {
     "413": "The body is too large.",
     "421": "The service is not called by its name.",
     "429": "This key has called too often, or has too many requests at once.",
-    "500": "Something went wrong.",
+    "500": "The chain has failed, or the service.",
+    "502": "The chain could not use the model's answer, or a tool of it failed.",
     "503": "The queue is full, the model is loading, or the service is stopping.",
     "504": "The request was not finished in time.",
 }

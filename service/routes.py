@@ -8,6 +8,7 @@ from langserve.serialization import WellKnownLCSerializer
 
 from chains import Chain
 from service.entry.door import Door
+from service.hosted import Hosted
 from service.pages.playground import add_playground
 from service.pages.schemas import add_schemas
 from service.stream_log import LinearLog
@@ -37,10 +38,11 @@ def host(app: FastAPI, chain: Chain, door: Door) -> None:
         raise ValueError(f"no chain can be called {chain.name}: the service's own page is there")
     add_playground(app, chain, [Depends(door)])
     add_schemas(app, chain, [Depends(door)])
+    hosted = Hosted(bound=chain.runnable, chain=chain.name)
     router = APIRouter()  # given the application itself, LangServe would print a banner over our log
     add_routes(
         router,
-        chain.runnable if chain.playground == "chat" else LinearLog(bound=chain.runnable),
+        hosted if chain.playground == "chat" else LinearLog(bound=hosted),
         path=f"/{chain.name}",
         dependencies=[Depends(door)],
         # `add_playground` has added that. The other is left out of LangServe's own annotation.

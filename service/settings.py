@@ -242,6 +242,13 @@ class Settings(BaseSettings):
     drain_timeout_s: Annotated[
         int, Field(ge=0, description="Seconds that running requests have to finish when the service is told to stop.")
     ] = 30
+    on_engine_death: Annotated[
+        Literal["exit", "stay"],
+        Field(
+            description="When the engine has failed for good: exit with 1 once running requests got their error, so "
+            "that a supervisor starts the service again, or stay and answer 503."
+        ),
+    ] = "exit"
     cache: Annotated[
         Path | None, Field(description="Where converted GGUF models are kept; ~/.cache/llama3-langserve if not set.")
     ] = None

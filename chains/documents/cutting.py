@@ -8,6 +8,8 @@ Does not know what counts a text, what the pieces are for, or what of them must 
 
 from collections.abc import Callable, Iterator
 
+from chains.cancellable import checkpoint
+
 MIN_BUDGET = 8
 """The smallest budget: below it a single character may not fit (four tokens, where a token is a byte)."""
 
@@ -40,6 +42,7 @@ def _pieces(text: str, budget: int, count: Callable[[str], int]) -> Iterator[str
     """Pieces, greedily from the start; what a window's end has torn is cut anew in the next window."""
     start, window = 0, _window(budget)
     while start < len(text):
+        checkpoint()  # as many windows as the text is long
         part = text[start : start + window]
         is_last = start + window >= len(text)
         chunks = _chunks(part, budget, count)

@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 import anyio
 
+from chains.cancellable import run_cancellable
+
 T = TypeVar("T")
 
 WAITING = 3
@@ -69,7 +71,7 @@ async def in_order(jobs: Iterator[Job[T]], *, at_once: int) -> AsyncGenerator[T]
     async def open_lanes() -> None:
         is_first = True
         try:
-            while await room.acquire() and (job := await asyncio.to_thread(next, jobs, None)) is not None:
+            while await room.acquire() and (job := await run_cancellable(next, jobs, None)) is not None:
                 lane = Lane(job, places, is_first=is_first)
                 keep(lane.task)
                 lanes.put_nowait(lane)

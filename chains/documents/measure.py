@@ -6,6 +6,8 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.messages.utils import count_tokens_approximately
 
+from chains.cancellable import checkpoint
+
 UNKNOWN_CONTEXT = 4096
 """Tokens, for models that do not say."""
 
@@ -17,7 +19,7 @@ WINDOW = 65_536
 
 
 class Measure:
-    """Counts tokens of one model."""
+    """Counts tokens of one model. Each count is a checkpoint: work of a request ends there once it was cancelled."""
 
     def __init__(self, model: BaseChatModel) -> None:
         self._model = model
@@ -29,12 +31,14 @@ class Measure:
 
     def count(self, text: str) -> int:
         """Tokens of a text; of a model that cannot say, more than any tokenizer would make of ordinary text."""
+        checkpoint()
         if self._can_count:
             return self._model.get_num_tokens(text)
         return len(text.encode(errors="replace")) // 2 + 1
 
     def count_messages(self, messages: Sequence[BaseMessage]) -> int:
         """Tokens of a prompt; of a model that cannot say, what LangChain takes for likely."""
+        checkpoint()
         if self._can_count_messages:
             return self._model.get_num_tokens_from_messages(list(messages))
         return count_tokens_approximately(messages)

@@ -11,30 +11,39 @@ from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
 
 from service.records.record import Record, current_record
+from service.records.redaction import OURS, RedactingHandler, redact, redact_stderr
 
 log = logging.getLogger("service.requests")
-
-OURS = ("serve", "service", "llm")
-"""Loggers of this program's own."""
 
 QUIET_PATHS = ("/health", "/ready", "/metrics")
 """What is asked every few seconds, and says nothing."""
 
 
-def start_logging(level: str, kind: Literal["human", "json"]) -> None:
-    """Log to standard error from now on."""
-    logging.basicConfig(
-        level=max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]), handlers=[log_handler(kind)]
-    )
+def start_logging(level: str, kind: Literal["human", "json"], *, has_texts: bool = False) -> None:
+    """Log to standard error from now on.
+
+    Args:
+        level: Of this program's own loggers; those of libraries log no more than `info`.
+        kind: Lines for people, or JSON.
+        has_texts: Whether user text may be in it; if not, exceptions and libraries' lines lose their messages.
+    """
+    handler = log_handler(kind, has_texts=has_texts)
+    logging.basicConfig(level=max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]), handlers=[handler])
+    if not has_texts:
+        redact_stderr()
     for ours in OURS:  # libraries would log what is streamed
         logging.getLogger(ours).setLevel(level.upper())
     logging.getLogger("uvicorn.error").addFilter(_is_news)
 
 
-def log_handler(kind: Literal["human", "json"], stream: TextIO | None = None) -> logging.Handler:
+def log_handler(
+    kind: Literal["human", "json"], stream: TextIO | None = None, *, has_texts: bool = False
+) -> logging.Handler:
     """Writes to a stream; None: standard error."""
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(stream) if has_texts else RedactingHandler(stream)
     handler.addFilter(_name_request)
+    if not has_texts:
+        handler.addFilter(redact)
     handler.setFormatter(HumanFormatter() if kind == "human" else json_formatter())
     return handler
 

@@ -7,18 +7,25 @@ import os
 import signal
 import socket
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from llm.engine import Engine, EngineState
 from service.entry.admission import Admission
 
 log = logging.getLogger(__name__)
 
 CUT_AFTER_S = 1.0
 """How long whoever was told that it is over has to read it."""
+
+DEATH_GRACE_S = 5.0
+"""How long requests have to send their error after the engine has died."""
+
+DEATH_EXIT_CODE = 1
 
 CLOSE_TIMEOUT_S = 5
 """How long connections may take to be closed once nobody is served any more."""
@@ -27,14 +34,31 @@ CLOSE_TIMEOUT_S = 5
 class DrainingServer(uvicorn.Server):
     """Uvicorn's, but that at a signal it goes on listening until it is drained, so that `/ready` can say so.
 
-    A second signal stops it at once.
+    A second signal stops it at once. It stops by itself when the engine dies.
     """
 
-    def __init__(self, config: uvicorn.Config, admission: Admission, *, drain_timeout_s: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        admission: Admission,
+        *,
+        drain_timeout_s: float,
+        engine: Engine | None = None,
+    ) -> None:
+        """Begin.
+
+        Args:
+            config: Uvicorn's.
+            admission: Knows who is served.
+            drain_timeout_s: How long running requests have to finish after a signal.
+            engine: Ends the service when it dies; None: the service stays, without an engine.
+        """
         config.timeout_graceful_shutdown = CLOSE_TIMEOUT_S
         super().__init__(config)
         self._admission = admission
         self._drain_timeout_s = drain_timeout_s
+        self._engine = engine
+        self._dead_until: float | None = None  # when it stops, at the latest; None while the engine lives
         self.exit_code = 0
         """What the process is to end with."""
 
@@ -54,12 +78,34 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to go."""
+        self._look_at_engine()
         if self._admission.is_drained:
             if num_late := self._admission.num_working:
                 log.warning("%d requests had not finished after %g s: they are ended", num_late, self._drain_timeout_s)
             self._admission.end_all()
             self.should_exit = True
         return await super().on_tick(counter)
+
+    def _look_at_engine(self) -> None:
+        """Stop once the engine is dead, and those whose requests it failed were told so, or had the time for it.
+
+        They are not drained: a new request is to hear of the dead engine, not of a service that is being stopped.
+        """
+        if self._engine is None:
+            return
+        if self._dead_until is None:
+            if self._engine.health().state is not EngineState.DEAD:
+                return
+            self.exit_code = DEATH_EXIT_CODE
+            self._dead_until = time.monotonic() + DEATH_GRACE_S
+            log.error(
+                "The engine is dead: exiting with %d when %d requests have got their error (SERVE_ON_ENGINE_DEATH)",
+                self.exit_code,
+                self._admission.num_working,
+            )
+        elif not self._admission.num_working or time.monotonic() >= self._dead_until:
+            self._admission.end_all()
+            self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close everything. A thread in which a chain hangs is not waited for, as Python would."""

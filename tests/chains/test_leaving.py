@@ -1,12 +1,13 @@
 """Who leaves a long document leaves nothing behind: the engine's slots are free within one step."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
 import pytest
-from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models import BaseChatModel, FakeListChatModel
 
 from chains import brief, summarize, translate
 from chains.chain import Chain
@@ -67,3 +68,50 @@ async def test_who_leaves_frees_all_slots_within_one_step(
     await asyncio.sleep(3 * STEP_S)
     assert len(steps) <= before + 1, "nothing else was begun"
     assert engine.health().waiting == 0
+
+
+@pytest.mark.parametrize("build", [translate.build, translate.build_document, summarize.build, brief.build])
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_long_text_is_not_counted_any_further_for_who_left(
+    build: Callable[[BaseChatModel], Chain], is_streamed: bool
+) -> None:
+    """It went on in asyncio's default executor: 18 s for a summary of 10 MB."""
+    num_counts = 0
+    is_counting = threading.Event()
+
+    def count(text: str) -> list[int]:
+        nonlocal num_counts
+        num_counts += 1
+        if num_counts > NUM_COUNTS:
+            is_counting.set()
+        return [0] * (len(text) // 4 + 1)
+
+    model = FakeListChatModel(responses=["So be it."], custom_get_token_ids=count, sleep=3600)
+    asked = {"text": "So it goes on and on. " * 100_000}
+    if build is not summarize.build:
+        asked["target_language"] = "German"
+    runnable = build(model).runnable
+
+    async def read() -> None:
+        if is_streamed:
+            async for _ in runnable.astream(asked):
+                pass
+        else:
+            await runnable.ainvoke(asked)
+
+    reader = asyncio.create_task(read())
+    assert await asyncio.to_thread(is_counting.wait, 60)
+    reader.cancel()
+    await asyncio.wait([reader])
+    before, counted = num_counts, -1
+    while counted < num_counts:  # until nothing more is counted
+        counted = num_counts
+        await asyncio.sleep(0.05)
+    assert num_counts - before <= MOST_COUNTS
+
+
+NUM_COUNTS = 30
+"""Counts after which who asked leaves: the text is being split."""
+
+MOST_COUNTS = 3
+"""Counts after that: the one in progress, and what two threads may begin before they see it."""

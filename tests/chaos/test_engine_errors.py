@@ -25,8 +25,14 @@ BREAK_STEP, BREAK_LOOP = (
 MAX_RESTARTS = 3
 
 
-def serving(log: Path) -> Server:
-    return Server(log, script="tests/chaos/fragile_server.py", max_slots=str(SLOTS), max_queue="100")
+def serving(log: Path, on_engine_death: str = "exit") -> Server:
+    return Server(
+        log,
+        script="tests/chaos/fragile_server.py",
+        max_slots=str(SLOTS),
+        max_queue="100",
+        on_engine_death=on_engine_death,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +158,28 @@ async def test_a_loop_that_fails_now_and_then_under_load_goes_on(fragile_server:
     await assert_all_is_well(fragile_server)
 
 
-async def test_an_engine_that_dies_under_load_tells_all_and_the_service_stays_to_say_so(tmp_path: Path) -> None:
+async def test_an_engine_that_dies_under_load_ends_the_process_after_all_were_told(tmp_path: Path) -> None:
+    """A supervisor starts it again."""
     with serving(tmp_path / "log") as server:
+        async with others(server, SLOTS - 1, LONGER) as streams:
+            deadly = await ask(server.port, say("invoke", "DIE, please"))
+            assert_told(deadly, "engine_dead", 503)
+            for outcome in await asyncio.gather(*streams):
+                assert_told(outcome, "engine_dead", 503)
+        assert await asyncio.to_thread(server.process.wait, 30) == 1
+    assert "SERVE_ON_ENGINE_DEATH" in server.log.read_text()
+
+
+async def test_an_engine_that_fails_once_too_often_ends_the_process(tmp_path: Path) -> None:
+    with serving(tmp_path / "log") as server:
+        for _ in range(MAX_RESTARTS):
+            assert_told(await ask(server.port, say("stream", BREAK_LOOP)), "engine_restarted", 503)
+        assert_told(await ask(server.port, say("stream", BREAK_LOOP)), "engine_dead", 503)
+        assert await asyncio.to_thread(server.process.wait, 30) == 1
+
+
+async def test_an_engine_that_dies_under_load_tells_all_and_the_service_stays_if_it_is_to(tmp_path: Path) -> None:
+    with serving(tmp_path / "log", on_engine_death="stay") as server:
         async with others(server, SLOTS + 4, LONGER) as streams:
             deadly = asyncio.create_task(ask(server.port, say("invoke", "DIE, please")))
             for outcome in [await deadly, *await asyncio.gather(*streams)]:

@@ -145,8 +145,10 @@ async def test_an_unforeseen_error_is_one_without_detail_and_in_the_log(service_
     assert answer.headers["connection"] == "close"
     assert "secret" not in answer.text
     request_id = answer.json()["error"]["request_id"]
-    assert f"The request failed [{request_id}]" in service_log.getvalue()
-    assert "secret detail" in service_log.getvalue()
+    assert answer.json()["error"]["type"] == "chain_failed"
+    assert f"The request failed: chain_failed [{request_id}]" in service_log.getvalue()
+    assert 'raise RuntimeError("secret detail")' in service_log.getvalue(), "the line that failed"
+    assert "RuntimeError: secret detail" not in service_log.getvalue()
 
 
 @pytest.mark.parametrize("name", ["plain", "Ärger & <b>Co</b>"])
