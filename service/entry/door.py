@@ -30,6 +30,7 @@ from service.entry.body_reader import BodyLease, BodyReader
 from service.entry.limits import Limits
 from service.entry.preparation import Preparation
 from service.errors import Refusal, describe
+from service.hosted import failures_of
 from service.records.metrics import Metrics
 from service.records.record import Record, record_of
 
@@ -176,7 +177,8 @@ class Door:
         if self._chain.prepare is None:
             return value
         try:
-            return await self._chain.prepare(value, reader)
+            with failures_of(self._chain.name):
+                return await self._chain.prepare(value, reader)
         except InputError as error:
             raise _refusal(call, error) from error
 
@@ -202,7 +204,9 @@ def _options_type(chain: Chain) -> type[BaseModel]:
 def _count(chain: Chain, check: Check, call: Call, value: BaseModel) -> int:
     """Hold the first prompt that an input makes against the model's limits; return its tokens."""
     try:
-        return check(chain.messages(fields_of(value), call.options), **chain.options(call.options))
+        with failures_of(chain.name):
+            messages, options = chain.messages(fields_of(value), call.options), chain.options(call.options)
+        return check(messages, **options)
     except InputError as error:
         raise _refusal(call, error) from error
     except InvalidOption as error:

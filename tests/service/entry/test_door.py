@@ -158,3 +158,14 @@ async def test_texts_that_fit_by_their_bytes_are_not_counted() -> None:
     assert (await post(app, "/packed/batch", {"inputs": [{"text": "400"}, {"text": "400"}]})).json()["output"] == [
         400
     ] * 2
+
+
+async def test_a_prompt_that_fails_is_a_failure_of_its_chain() -> None:
+    def messages(value: dict[str, Any], _: Any) -> list[BaseMessage]:
+        raise KeyError(value["text"])
+
+    answer = await post(app_of(chain_of(unpack, messages=messages)), "/packed/invoke", {"input": {"text": "secret"}})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "chain_failed")
+    assert "packed" in answer.text
+    assert "KeyError" in answer.text
+    assert "secret" not in answer.text
