@@ -38,15 +38,17 @@ def trim(messages: Sequence[BaseMessage], room: int, count: Count) -> list[BaseM
     """Leave out old turns until the rest takes at most `room` tokens, or only system messages and the last turn are
     left.
 
-    Costs one count of the whole, and about two counts of what fits into the room.
+    Costs one count of the whole, and about three counts of what fits into the room: not one for each turn, which would
+    render the model's template as often.
     """
     num_tokens = count(list(messages))
     starts = [0, *(i for i, message in enumerate(messages) if i and isinstance(message, HumanMessage))]
     if num_tokens <= room or len(starts) == 1:
         return list(messages)
-    num_left_out = _choose(messages, starts, num_tokens, room, count)
+    num_left_out, more = _choose(messages, starts, num_tokens, room, count), 1
     while num_left_out < len(starts) - 1 and count(_kept(messages, starts[num_left_out])) > room:
-        num_left_out += 1  # the sum of the turns was less than the whole
+        # The sum of the turns was less than the whole. Twice as many each time: each count is one of all that is left.
+        num_left_out, more = min(num_left_out + more, len(starts) - 1), 2 * more
     return _kept(messages, starts[num_left_out])
 
 
@@ -60,14 +62,22 @@ def _choose(messages: Sequence[BaseMessage], starts: list[int], num_tokens: int,
         step //= 2
     enough = -(-excess // step) * step
     without = count(list(PROBE))
+    # Turns are counted in groups: of twice as many as before while they fit, then of half as many until the one is
+    # found that does not.
+    num, is_growing = 1, True
     while num_left_out:
-        turn = messages[starts[num_left_out - 1] : starts[num_left_out]]
-        size = count([*PROBE, *(message for message in turn if not isinstance(message, SystemMessage))]) - without
+        num = min(num, num_left_out)
+        turns = messages[starts[num_left_out - num] : starts[num_left_out]]
+        size = count([*PROBE, *(message for message in turns if not isinstance(message, SystemMessage))]) - without
         # The turn in which a step ends goes whole, but not one that is so long that much more would go than has to.
-        if left_out - size < (enough if left_out <= enough + step else excess):
-            break
+        if left_out - size < (enough if num > 1 or left_out <= enough + step else excess):
+            if num == 1:
+                break
+            num, is_growing = num // 2, False
+            continue
         left_out -= size
-        num_left_out -= 1
+        num_left_out -= num
+        num = 2 * num if is_growing else max(num // 2, 1)
     return num_left_out
 
 

@@ -65,26 +65,32 @@ def segments(text: str, *, budget: int, count: Count) -> Iterator[Segment]:
 def _alone(text: str, *, budget: int, count: Count) -> Iterator[Segment]:
     """The segments, without what is around them."""
     index = end = 0
-    head = lead = ""
+    # Lists, joined once: a text may have a protected part every two characters, and each concatenation copies all.
+    heads: list[str] = []
+    leads: list[str] = []
     for part in parts(text):
         pieces = [] if part.is_fixed else [*_Piece.of(part, budget=budget, count=count)]
         if not pieces:
-            head, lead = head + part.text, lead + part.text
+            heads.append(part.text)
+            leads.append(part.text)
         for piece in pieces:
-            head, lead = head + piece.head, lead + piece.lead
+            heads.append(piece.head)
+            leads.append(piece.lead)
             if piece.words:
+                head = "".join(heads)
                 end += len(head) + len(piece.written)
                 yield Segment(
                     index=index,
                     head=head,
-                    lead=lead,
+                    lead="".join(leads),
                     words=piece.words,
                     written=piece.written,
                     is_line=part.is_line,
                     end=end,
                 )
                 index += 1
-                head = lead = ""
+                heads, leads = [], []
+    head, lead = "".join(heads), "".join(leads)
     if head or lead:
         yield Segment(index=index, head=head, lead=lead, words="", written="", end=end + len(head))
 

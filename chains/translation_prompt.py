@@ -66,7 +66,8 @@ class Wish:
 
     def terms_in(self, words: str) -> dict[str, str]:
         """The terms of the glossary that stand in a text."""
-        return {term: self.glossary[term] for term in self.glossary if _stands_in(term, words)}
+        text = folded(words)
+        return {term: self.glossary[term] for term in self.glossary if _stands_in(folded(term), text)}
 
     @property
     def growth(self) -> int:
@@ -98,13 +99,20 @@ def segment_tokens(wish: Wish, measure: Measure, *, max_tokens: int | None) -> i
 
 
 def _stands_in(term: str, words: str) -> bool:
-    """Whether a term is there, as a word of its own where its script has capitals: those have spaces, too."""
-    spelled = r"\s+".join(map(re.escape, term.split()))
-    before, after = (
-        (r"(?<!\w)" if _is_cased(term.strip()[0]) else ""),
-        (r"(?!\w)" if _is_cased(term.strip()[-1]) else ""),
-    )
-    return re.search(before + spelled + after, words, re.IGNORECASE) is not None
+    """Whether a term is there, as a word of its own where its script has capitals: those have spaces, too.
+
+    Both are folded. To look for the bare term first costs next to nothing, while a pattern compares it anew at each
+    place; most terms are not there.
+    """
+    if term not in words:
+        return False
+    before, after = r"(?<!\w)" if _is_cased(term[0]) else "", r"(?!\w)" if _is_cased(term[-1]) else ""
+    return re.search(before + re.escape(term) + after, words) is not None
+
+
+def folded(text: str) -> str:
+    """A text as terms are compared: in any case, with any white space."""
+    return " ".join(text.casefold().split())
 
 
 def _is_cased(letter: str) -> bool:

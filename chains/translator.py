@@ -22,7 +22,7 @@ from chains.documents.languages import is_written_in
 from chains.documents.markup import Part, faults, finer
 from chains.documents.measure import Measure
 from chains.segments import Segment
-from chains.translation_prompt import Wish
+from chains.translation_prompt import Wish, folded
 
 
 class SegmentReport(BaseModel):
@@ -69,7 +69,6 @@ class Attempt:
     words: str
     stops: Collection[str] = ()
     """The stop strings that were asked for."""
-    raw: str = ""
     num_out: int = 0
     """Characters of `text` that have gone out."""
     finish_reason: str | None = None
@@ -79,16 +78,47 @@ class Attempt:
     problems: list[str] = field(default_factory=list)
     mended: str | None = None
     """What stands for the answer, if it was put together from several."""
+    is_copy: bool = field(default=True, init=False)
+    """Whether all there is so far stands in the source just so, or it begins with all of the source."""
+    _text: str = field(default="", init=False)
+    _space: str = field(default="", init=False)
+    """White space after it: what becomes of that depends on what comes next."""
+    _new_marks: frozenset[str] = field(init=False)
+    """Those that the source does not have."""
+    _has_new_marks: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._new_marks = MARKS.difference(self.words)
 
     def add(self, chunk: BaseMessage) -> None:
-        """Take in more of the answer."""
-        self.raw += chunk.text
+        """Take in more of the answer. The cost is that of the chunk, but for what may still be a copy of the source."""
+        self._append(chunk.text)
         self.finish_reason = chunk.response_metadata.get("finish_reason") or self.finish_reason
         # Some models tell of any end by this name: Anthropic's call it `end_turn`.
         if (stop_reason := chunk.response_metadata.get("stop_reason")) in self.stops:
             self.stop_reason = stop_reason
         if isinstance(chunk, AIMessageChunk):
             self.usage = add_usage(self.usage, chunk.usage_metadata) if chunk.usage_metadata else self.usage
+
+    def _append(self, new: str) -> None:
+        words = new.rstrip() if self._text else new.strip()
+        if not words:
+            self._space += new if self._text else ""
+            return
+        added, self._space = self._space + words, new[len(new.rstrip()) :]
+        added = PARAGRAPH_END.sub("\n", added) if "\n" in self.words else LINE_END.sub(" ", added)
+        num_before = len(self._text)
+        self._text += added
+        self._has_new_marks = self._has_new_marks or not self._new_marks.isdisjoint(added)
+        source = self.words.casefold() if self.is_copy else ""
+        if num_before < len(source):
+            said = self._text[: len(source)].casefold()
+            self.is_copy = source.startswith(said) or said.startswith(source)
+
+    @property
+    def has_new_marks(self) -> bool:
+        """Whether there is something of Markdown, or of a placeholder, in it that the source does not have."""
+        return self._has_new_marks or bool(ITEM.match(self._text) and not ITEM.match(self.words))
 
     @property
     def is_cut_off(self) -> bool:
@@ -98,22 +128,7 @@ class Attempt:
     @property
     def text(self) -> str:
         """The answer so far, without what would end a paragraph: each is a beginning of the next."""
-        if self.mended is not None:
-            return self.mended
-        text = self.raw.strip()
-        return re.sub(r"\n\s*\n\s*", "\n", text) if "\n" in self.words else re.sub(r"\s*\n\s*", " ", text)
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether all there is so far stands in the source just so, or it begins with all of the source."""
-        said, words = self.text.casefold(), self.words.casefold()
-        return words.startswith(said) or said.startswith(words)
-
-    @property
-    def has_new_marks(self) -> bool:
-        """Whether there is something of Markdown, or of a placeholder, in it that the source does not have."""
-        text, words = self.text, self.words
-        return bool(MARKS.intersection(text) - set(words)) or bool(ITEM.match(text) and not ITEM.match(words))
+        return self._text if self.mended is None else self.mended
 
     def take(self) -> str:
         """What has not gone out yet."""
@@ -255,7 +270,7 @@ class Translator:
         return faults(words, text, is_line=is_line)
 
     def _is_untranslated(self, words: str, text: str) -> bool:
-        if _plain(words) == _plain(text):
+        if folded(words) == folded(text):
             return len(words.split()) >= MANY_WORDS or len(words) >= LONG  # a name is the same in any language
         source, target = self._wish.source, self._wish.target
         if source is None:
@@ -263,9 +278,9 @@ class Translator:
         return is_written_in(text, target) is False and is_written_in(text, source) is True
 
     def _missed_terms(self, attempt: Attempt) -> list[str]:
-        said = _plain(attempt.text)
+        said = folded(attempt.text)
         terms = self._wish.terms_in(attempt.words)
-        return [f"“{term}” is not “{wanted}”" for term, wanted in terms.items() if _plain(wanted) not in said]
+        return [f"“{term}” is not “{wanted}”" for term, wanted in terms.items() if folded(wanted) not in said]
 
     def _report(
         self, segment: Segment, attempt: Attempt, status: Literal["kept", "translated", "mended", "faulty"]
@@ -285,13 +300,12 @@ class Translator:
 
 UNTRANSLATED = "it came back untranslated"
 MARKS = frozenset("`*#|<>[]{}$%\\~=")
+# A line break with the white space around it; only from where that begins, or each place in it would be tried.
+LINE_END = re.compile(r"(?<!\s)[^\S\n]*+\n\s*+")
+PARAGRAPH_END = re.compile(r"\n[^\S\n]*+\n\s*+")
 ITEM = re.compile(r"(?:[-+]|\d{1,9}[.)])(?:\s|$)|\d{1,9}$")
 """What a list's item begins with, or may."""
 
 MANY_WORDS = 4
 LONG = 24
 """Words, and characters, from which on what is equal to its source is no translation of it."""
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())

@@ -6,14 +6,15 @@ Knows lines, not what is in them.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 SOFT_LIMIT = 30_000
 """Characters after which a block ends at the next line that seems to begin something. Bounds the wait for the first."""
 
-HARD_LIMIT = 200_000
-"""Characters after which it ends anyway."""
+HARD_LIMIT = 60_000
+"""Characters after which it ends anyway. Bounds how long one call of a pattern or of the parser takes."""
 
 _LONGEST_LINE = 20_000
 _FRONT_MATTER_LIMIT = 20_000
@@ -24,11 +25,13 @@ _UNDERLINE = re.compile(r"[>\s]*[|:=-][\s|:=-]*\Z")
 """Of a table's head, or a heading: it belongs to the line before."""
 
 _BEGINS = re.compile(r"[^\s>]")
+# Possessive: with backtracking, each shorter run of backticks would be tried against the whole rest of the line.
 _FENCE = re.compile(
-    r"(?P<before>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(?:(?P<ticks>`{3,})(?![^\r\n]*`)|(?P<tildes>~{3,}))"
+    r"(?P<before>[ \t]*+(?:(?:[-*+]|\d{1,9}[.)])[ \t]++)*+)(?:(?P<ticks>`{3,}+)(?![^`\r\n]*+`)|(?P<tildes>~{3,}+))"
 )
 _RAW = re.compile(r" {0,3}<(?:(?P<tag>script|pre|style|textarea)\b|(?P<other>!--|\?|!\[CDATA\[))", re.IGNORECASE)
-_RAW_ENDS = {"!--": "-->", "?": r"\?>", "![CDATA[": "]]>", "![cdata[": "]]>"}
+_RAW_END_TAG = re.compile(r"</(?:script|pre|style|textarea)>", re.IGNORECASE)
+_RAW_ENDS = {"!--": "-->", "?": "?>", "![cdata[": "]]>"}
 _FRONT_MATTER = re.compile(
     r"""\ufeff? (?: (?P<yaml>---) | \+{3} ) [ \t]{0,99}+ (?: \r\n | \r | \n )
         (?: \# [^\r\n]{0,500} [\r\n]{1,2} ){0,20}+   # comments, then a key: else it is a slide between rules
@@ -53,8 +56,8 @@ class Block:
 class _Open:
     """A fence, comment or the like that a line has opened."""
 
-    end: re.Pattern[str]
-    """Found in the line that closes it."""
+    is_closed_by: Callable[[str], bool]
+    """Tells of each line after it whether it closes it."""
 
     is_fence: bool
     is_outermost: bool
@@ -84,7 +87,7 @@ def blocks(text: str) -> Iterator[Block]:
             held, size, head = [], 0, table
             opened = opened if opened and opened.is_outermost else None
             is_fixed = opened is not None
-        is_closed = opened is not None and bool(opened.end.search(line))
+        is_closed = opened is not None and opened.is_closed_by(line)
         if opened is None and not is_inside_line:
             opened = _opened_by(line)
             is_fixed = opened is not None and opened.is_fence and opened.is_outermost and not held
@@ -129,15 +132,27 @@ def _opened_by(line: str) -> _Open | None:
     if fence := _FENCE.match(line):
         mark, indent = fence["ticks"] or fence["tildes"], len(fence["before"].expandtabs(4))
         is_outermost = indent < 4 and not fence["before"].strip()
-        end = re.compile(rf"\A {{0,{3 if is_outermost else indent + 3}}}{mark[0]}{{{len(mark)},}}[ \t]*[\r\n]*\Z")
-        return _Open(end, is_fence=True, is_outermost=is_outermost)
+        is_closed_by = partial(_closes_fence, mark=mark, max_indent=3 if is_outermost else indent + 3)
+        return _Open(is_closed_by, is_fence=True, is_outermost=is_outermost)
     if raw := _RAW.match(line):
-        end = re.compile(
-            r"</(?:script|pre|style|textarea)>" if raw["tag"] else _RAW_ENDS[raw["other"].lower()], re.IGNORECASE
-        )
-        if not end.search(line, raw.end()):
-            return _Open(end, is_fence=False, is_outermost=True)
+        is_closed_by = partial(_closes_raw, end=None if raw["tag"] else _RAW_ENDS[raw["other"].lower()])
+        if not is_closed_by(line[raw.end() :]):
+            return _Open(is_closed_by, is_fence=False, is_outermost=True)
     return None
+
+
+def _closes_fence(line: str, *, mark: str, max_indent: int) -> bool:
+    unindented = line.lstrip(" ")
+    return (
+        len(line) - len(unindented) <= max_indent
+        and unindented.startswith(mark)
+        and not unindented.rstrip("\r\n").rstrip(" \t").strip(mark[0])
+    )
+
+
+def _closes_raw(line: str, *, end: str | None) -> bool:
+    """Whether a line has the end of a comment or the like; without `end`, an end tag."""
+    return _RAW_END_TAG.search(line) is not None if end is None else end in line
 
 
 def _end_of_front_matter(text: str) -> int:

@@ -1,7 +1,8 @@
 """What within a line of Markdown is words, and what must not change: code, addresses, tags, placeholders, marks.
 
 A pattern of bounded parts reads it, not a parser: it must know where each thing stands, and do for any text in linear
-time. Knows no blocks, and does not judge whether the marks fit together.
+time. A bounded part may cost its bound at each place where it can begin, so no part runs past what begins it again.
+Knows no blocks, and does not judge whether the marks fit together.
 """
 
 import re
@@ -36,7 +37,7 @@ _URL = r"""
 """
 _EMAIL = r"(?<![\w.+-]) [A-Za-z0-9_.+\-]{1,64} @ [A-Za-z0-9\-]{1,63} (?: \.[A-Za-z0-9\-]{1,63} ){1,8}"
 _TAG = r"""
-    <!-- .{0,1000}? -->
+    <!-- (?: [^-<] | -(?!->) | <(?!!--) ){0,1000}+ -->   # not past another opener: each would be tried up to its end
     | < [A-Za-z][A-Za-z0-9+.\-]{1,31} : [^\s<>]{0,2000} >
     | < [A-Za-z0-9_.+\-]{1,64} @ [A-Za-z0-9.\-]{1,255} >
     | </? \d{1,3} [ ]? /? >

@@ -36,8 +36,12 @@ _NAMES = {
 _SHOWN = 60
 """Characters of a thing that a fault names."""
 
-_CHECKED = 20_000
+_CHECKED = 8_000
 """Characters up to which structures are compared: pieces that a model is given are far shorter."""
+
+_BRACKETS = 100
+"""Opening brackets up to which structures are compared: the parser tries each as the beginning of a link, and those in
+it anew."""
 
 
 def faults(source: str, target: str, *, is_line: bool) -> list[str]:
@@ -52,7 +56,7 @@ def faults(source: str, target: str, *, is_line: bool) -> list[str]:
             found.append("a line break was added")
         if _num_pipes(target) != _num_pipes(source):
             found.append("a `|` was added" if _num_pipes(target) > _num_pipes(source) else "a `|` is missing")
-    if not found and max(len(source), len(target)) <= _CHECKED:
+    if not found and _is_comparable(source) and _is_comparable(target):
         found = list(_differences(_structure(source), _structure(target)))
     return found
 
@@ -74,6 +78,10 @@ def _shown(text: str) -> str:
 
 def _num_pipes(text: str) -> int:
     return text.count("|") - text.count(r"\|")
+
+
+def _is_comparable(text: str) -> bool:
+    return len(text) <= _CHECKED and text.count("[") <= _BRACKETS
 
 
 def _structure(text: str) -> Counter[str]:

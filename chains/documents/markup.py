@@ -89,13 +89,19 @@ _TAG_AMONG_WORDS = re.compile(
     r"|var)(?=[\s/>])",
     re.IGNORECASE,
 )
-_RAW_TAG = re.compile(r"<(script|style|pre|textarea)(?=[\s/>])", re.IGNORECASE)
+_RAW_TAG = re.compile(r"<(script|style|pre|textarea)(?=[\s/>])", re.IGNORECASE | re.ASCII)
+_RAW_TAG_ENDS = {
+    tag: re.compile(rf"</{tag}\s*+>", re.IGNORECASE | re.ASCII) for tag in ("script", "style", "pre", "textarea")
+}
+_TAG_END = re.compile(">")
+_COMMENT_END = re.compile("-->")
 _DEFINITION = re.compile(
     r"""(?: \A | [\r\n] ) [ \t>]{0,9} \[ ( [^\[\]^] [^\[\]]{0,200} ) \]:
         [ \t]{0,99}+ (?: \r\n | \r | \n )?+ [ \t]{0,99}+
         (?: < [^<>\r\n]{0,2000} > | [^\s<] \S{0,2000} ) [ \t]{0,99}+ (?= [\r\n"'(] | \Z )""",
     re.VERBOSE,
 )
+_LONGEST_LABEL = 201
 _GAP = re.compile(r"(?>\r\n|\r|\n)(?:[^\S\r\n]*(?>\r\n|\r|\n))+")
 _LINE_END = re.compile(r"\r\n?|\n")
 
@@ -110,14 +116,33 @@ def parts(text: str) -> Iterator[Part]:
     is_markdown = _has_marks(text[:_LOOK]) and bool(
         MARKDOWN.search(text, 0, _LOOK) or _DEFINITION.search(text, 0, _LOOK)
     )
-    definitions = _DEFINITION.finditer(text) if is_markdown else ()
-    labels = frozenset(normal_label(found[1]) for found in definitions)
+    labels = frozenset(map(normal_label, _defined_labels(text))) if is_markdown else frozenset[str]()
     for block in blocks(text):
         if block.is_fixed:
             yield Part(block.text, is_fixed=True)
         else:
             read = block.head + block.text
             yield from _with_gaps(read, len(block.head), _leaves(read, is_markdown), labels)
+
+
+def _defined_labels(text: str) -> Iterator[str]:
+    """The labels of all link definitions: what `_DEFINITION.finditer` finds.
+
+    It looks only where a label may end. One call of the pattern for a whole text would hold the interpreter's lock for
+    as long as it takes, which is a second for a large one.
+    """
+    at = end = 0
+    while (closing := text.find("]:", at)) >= 0:
+        at = closing + 2
+        opening = text.rfind("[", max(end, closing - _LONGEST_LABEL - 1), closing)
+        if opening < 0:
+            continue
+        before = text[max(end, opening - 10) : opening].rstrip(" \t>")
+        start = max(end, opening - 10) + len(before) - 1
+        is_start = before[-1] in "\r\n" if before else start < 0
+        if is_start and (found := _DEFINITION.match(text, max(start, 0))):
+            yield found[1]
+            at = end = found.end()
 
 
 def _has_marks(text: str) -> bool:
@@ -156,13 +181,15 @@ def _with_gaps(
 
 
 def _unwrapped(text: str, spans: list[_Span]) -> str:
-    line = ""
+    line: list[str] = []
+    last = ""
     for span in spans:
         words = text[span.start : span.end].strip()
         # Scripts that write no spaces between words get none where their lines are joined.
-        line += " " if line and words and min(line[-1], words[0]) < "\u2e80" else ""
-        line += words
-    return line
+        line.append(" " if last and words and min(last, words[0]) < "\u2e80" else "")
+        line.append(words)
+        last = words[-1:] or last
+    return "".join(line)
 
 
 def _leaves(text: str, is_markdown: bool) -> Iterator[tuple[list[_Span], bool]]:
@@ -173,6 +200,7 @@ def _leaves(text: str, is_markdown: bool) -> Iterator[tuple[list[_Span], bool]]:
             start = gap.end()
         yield [_Span(start, len(text))], False
         return
+    text = text.replace("\0", "\ufffd")  # once for all cells, however many there are
     starts = [0, *(end.end() for end in _LINE_END.finditer(text)), len(text)]
     opened, cursor = "", 0
     has_code = is_markdown and not _INDENTS.match(text)
@@ -189,12 +217,15 @@ def _leaves(text: str, is_markdown: bool) -> Iterator[tuple[list[_Span], bool]]:
 def _of_token(
     token: "Token", opened: str, text: str, starts: list[int], cursor: int
 ) -> Iterator[tuple[list[_Span], bool]]:
-    """Where the words of a paragraph, heading or cell stand: the parser tells its lines, and what it read in them."""
+    """Where the words of a paragraph, heading or cell stand: the parser tells its lines, and what it read in them.
+
+    `text` has U+FFFD for NUL, as the parser has.
+    """
     assert token.map is not None
     first = token.map[0]
     if opened in _CELLS:
         written = token.content.replace("|", r"\|")
-        start = text.replace("\0", "\ufffd").find(written, max(starts[first], cursor), starts[first + 1])
+        start = text.find(written, max(starts[first], cursor), starts[first + 1])
         if start >= 0:
             yield [_Span(start, start + len(written))], True
         return
@@ -202,7 +233,7 @@ def _of_token(
     is_heading = opened == "heading_open"
     for number, content in enumerate(token.content.split("\n"), start=first):
         line, words = text[starts[number] : starts[number + 1]].rstrip(_SPACE), content.strip(_SPACE)
-        if is_heading and not line.replace("\0", "\ufffd").endswith(words):
+        if is_heading and not line.endswith(words):
             line = line.rstrip("#").rstrip(_SPACE)
         end = starts[number] + len(line)
         spans.append(_Span(end - len(words), end))
@@ -229,24 +260,24 @@ def _of_token(
 def _without_markers(token: "Token", text: str, starts: list[int]) -> str:
     """The lines of a token with spaces for the markers that they have in lists and quotes."""
     assert token.map is not None
-    found = ""
+    found = []
     for number, content in zip(range(*token.map), token.content.split("\n"), strict=False):
         line = text[starts[number] : starts[number + 1]]
         words = line.rstrip("\r\n")
-        found += content.lstrip(" \t").rjust(len(words)) + line[len(words) :]
-    return found
+        found += [content.lstrip(" \t").rjust(len(words)), line[len(words) :]]
+    return "".join(found)
 
 
 def _of_html(text: str, offset: int) -> Iterator[tuple[list[_Span], bool]]:
     """The words between the tags of an HTML block, each run as one line; tags like `<em>` do not end a run."""
     run = at = 0
     while (tag := text.find("<", at)) >= 0:
-        closing = ">"
+        closing = _TAG_END
         if text.startswith("<!--", tag):
-            closing = "-->"
+            closing = _COMMENT_END
         elif raw := _RAW_TAG.match(text, tag):
-            closing = rf"</{raw[1]}\s*>"
-        closed = re.compile(closing, re.IGNORECASE).search(text, tag)
+            closing = _RAW_TAG_ENDS[raw[1].lower()]
+        closed = closing.search(text, tag)
         at = closed.end() if closed else len(text)
         if not closed or not _TAG_AMONG_WORDS.match(text, tag):
             yield _rows(text, run, tag, offset), True

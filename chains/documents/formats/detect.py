@@ -10,7 +10,7 @@ from chains.documents.formats import FIELD, FileLimits, FileText, damaged, docx,
 from chains.errors import InputError, UnreadableFile
 
 KNOWN = "PDF, DOCX, HTML, Markdown or plain text"
-PDF = re.compile(rb"(?m)^\s*%PDF-\d")
+PDF = re.compile(rb"(?m)^[ \t\r\v\f]*+%PDF-\d")
 OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 MAGIC = {
     b"{\\rtf": "a Rich Text (RTF) file",

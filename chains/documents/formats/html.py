@@ -28,6 +28,12 @@ INLINE = frozenset({
 MAX_BOXES = 1_000
 """Boxes inside each other: about twice as many as Chromium keeps (512 elements)."""
 
+MAX_OPEN = 1_000
+"""Elements that are open, from which on it is counted what end tags cost."""
+
+MAX_COMPARED = 2_000_000_000
+"""Names that libxml2 compares for end tags: it looks for each of them in all elements that are open. 8 seconds."""
+
 MAX_TABLES = 20
 """Tables inside each other; what is deeper is read as paragraphs."""
 
@@ -53,8 +59,15 @@ def read(content: bytes, limits: FileLimits) -> FileText:
     page = Page(limits.max_text)
     # huge_tree: no tree is built, and the limits are ours.
     parser = etree.HTMLParser(target=page, huge_tree=True)
+    num_compared = 0
     for start in range(0, len(text), 2**16):
-        parser.feed(text[start : start + 2**16])
+        piece = text[start : start + 2**16]
+        if page.num_open > MAX_OPEN:
+            num_ends = piece.count("</")
+            num_compared += num_ends * (page.num_open + piece.count("<") - num_ends)
+        if num_compared > MAX_COMPARED:
+            raise damaged(f"it is nested too deeply: {page.num_open:,} elements are open where many others end")
+        parser.feed(piece)
     parser.close()
     if any(entry.type == etree.ErrorTypes.ERR_NO_MEMORY for entry in parser.error_log):
         raise MemoryError
@@ -68,6 +81,7 @@ class Page:
         self.blocks = Blocks(max_text)
         self.title: list[str] = []
         self.num_boxes = 0
+        self.num_open = 0
         self.line: list[str] = []
         self.marker = ""
         self.lists: list[int | None] = []
@@ -78,6 +92,7 @@ class Page:
         self.in_pre = 0
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
+        self.num_open += 1
         self.num_boxes += tag in BOXES
         if self.num_boxes > MAX_BOXES:
             raise damaged(f"it is nested too deeply: more than {MAX_BOXES:,} boxes are inside each other")
@@ -98,6 +113,7 @@ class Page:
                 self.set_apart(tag)
 
     def end(self, tag: str) -> None:
+        self.num_open -= 1
         self.num_boxes -= tag in BOXES
         if self.dropping:
             self.dropping -= tag in DROPPED
