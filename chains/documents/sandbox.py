@@ -61,15 +61,50 @@ class Architecture:
 ARCHITECTURES = {
     "x86_64": Architecture(
         0xC000003E,
-        dict(read=0, write=1, mmap=9, mprotect=10, munmap=11, brk=12, rt_sigprocmask=14, rt_sigreturn=15)
-        | dict(sched_yield=24, mremap=25, madvise=28, getpid=39, exit=60, gettimeofday=96, gettid=186, time=201)
-        | dict(futex=202, restart_syscall=219, clock_gettime=228, exit_group=231, getrandom=318),
+        {
+            "read": 0,
+            "write": 1,
+            "mmap": 9,
+            "mprotect": 10,
+            "munmap": 11,
+            "brk": 12,
+            "rt_sigprocmask": 14,
+            "rt_sigreturn": 15,
+        }
+        | {
+            "sched_yield": 24,
+            "mremap": 25,
+            "madvise": 28,
+            "getpid": 39,
+            "exit": 60,
+            "gettimeofday": 96,
+            "gettid": 186,
+            "time": 201,
+        }
+        | {"futex": 202, "restart_syscall": 219, "clock_gettime": 228, "exit_group": 231, "getrandom": 318},
     ),
     "aarch64": Architecture(
         0xC00000B7,
-        dict(read=63, write=64, mmap=222, mprotect=226, munmap=215, brk=214, rt_sigprocmask=135, rt_sigreturn=139)
-        | dict(sched_yield=124, mremap=216, madvise=233, getpid=172, exit=93, gettimeofday=169, gettid=178)
-        | dict(futex=98, restart_syscall=128, clock_gettime=113, exit_group=94, getrandom=278),
+        {
+            "read": 63,
+            "write": 64,
+            "mmap": 222,
+            "mprotect": 226,
+            "munmap": 215,
+            "brk": 214,
+            "rt_sigprocmask": 135,
+            "rt_sigreturn": 139,
+        }
+        | {
+            "sched_yield": 124,
+            "mremap": 216,
+            "madvise": 233,
+            "getpid": 172,
+            "exit": 93,
+            "gettimeofday": 169,
+            "gettid": 178,
+        }
+        | {"futex": 98, "restart_syscall": 128, "clock_gettime": 113, "exit_group": 94, "getrandom": 278},
     ),
 }
 
@@ -109,6 +144,7 @@ class Protections:
 
 
 def libc() -> ctypes.CDLL:
+    """The C library of this process."""
     return ctypes.CDLL(None, use_errno=True)
 
 

@@ -1,6 +1,7 @@
 """A server with secrets that gives the probe a file to read, and prints what the probe reached. For test_sandbox.py.
 
-Arguments: the probe's script; "hidden" for a server whose memory is hidden, as serve.py does it, else "plain".
+Its argument is JSON: for each reader the script that it runs. The last one is read for by a server that has not hidden
+its memory as `serve.py` does.
 """
 
 import asyncio
@@ -16,14 +17,19 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import anyio
 
-from chains.documents import files
-from chains.documents.files import FileLimits, FileReader
-from chains.documents.sandbox import hide_memory
-from tests.chains.documents.probe import Targets
+# Without the package's own imports: LangChain takes long to import, and nothing here needs it.
+package = sys.modules["chains"] = ModuleType("chains")
+package.__path__ = [str(Path(__file__).parent.parent.parent.parent / "chains")]
+
+from chains.documents import files  # noqa: E402
+from chains.documents.files import FileLimits, FileReader  # noqa: E402
+from chains.documents.sandbox import hide_memory  # noqa: E402
+from tests.chains.documents.probe import Targets  # noqa: E402
 
 
 def other_reader() -> "subprocess.Popen[bytes]":
@@ -50,13 +56,13 @@ def drop_capabilities() -> None:
     ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
 
 
-async def main(script: str, memory: str) -> None:
+async def serve(script: str, *, is_hidden: bool) -> None:
     files.READER = Path(script)
     folder = Path(tempfile.mkdtemp())
     (folder / "keys").write_text("secret")
     (folder / ".env").write_text("SERVE_API_KEYS=secret")
-    for file in folder.iterdir():
-        file.chmod(0o600)
+    for name in ("keys", ".env"):
+        (folder / name).chmod(0o600)
     signalled: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: signalled.append(number))
     tcp, udp = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -73,7 +79,7 @@ async def main(script: str, memory: str) -> None:
             process = await opened(*arguments, **options)
             if os.geteuid() != 0:
                 drop_capabilities()
-            if memory == "hidden":
+            if is_hidden:
                 hide_memory()
             return process
 
@@ -95,5 +101,18 @@ async def main(script: str, memory: str) -> None:
     print(json.dumps({"uid": os.geteuid(), "reached": json.loads(found.text), "signals": signalled, "key": secret}))
 
 
+def main() -> None:
+    scripts = json.loads(sys.argv[1])
+    for script in scripts:
+        # Each a process of its own: it gives up for good what the next one needs.
+        server = os.fork()
+        if server == 0:
+            asyncio.run(serve(script, is_hidden=script != scripts[-1]))
+            sys.stdout.flush()
+            os._exit(0)
+        if os.waitpid(server, 0)[1] != 0:
+            sys.exit(1)
+
+
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    main()
