@@ -153,7 +153,7 @@ def hide_memory() -> bool:
 
     It also turns core dumps off, and a debugger or profiler has to run as root.
     """
-    return sys.platform == "linux" and libc().prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
+    return sys.platform == "linux" and bool(libc().prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
 
 
 def lower_priority() -> None:
@@ -303,7 +303,7 @@ def restrict_by_seccomp() -> bool:
     program = seccomp_filter(architecture)
     instructions = ctypes.create_string_buffer(program, len(program))
     about = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(instructions))
-    return libc().prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, about, 0, 0) == 0
+    return bool(libc().prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, about, 0, 0) == 0)
 
 
 def seccomp_filter(architecture: Architecture) -> bytes:

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -96,9 +97,9 @@ def attempts(targets: Targets) -> Iterator[tuple[str, Attempt]]:
 
 def of_processes(name: str, pid: int) -> Iterator[tuple[str, Attempt]]:
     for file in ("environ", "mem", "maps", "auxv", "status", "cmdline", "fd/0", "fd/1", "root/etc/passwd"):
-        yield f"{name}: open {file}", lambda file=file: os.open(f"/proc/{pid}/{file}", os.O_RDONLY | os.O_NONBLOCK)
+        yield f"{name}: open {file}", partial(os.open, f"/proc/{pid}/{file}", os.O_RDONLY | os.O_NONBLOCK)
     for link in ("cwd", "root", "exe", "fd/0"):
-        yield f"{name}: link {link}", lambda link=link: os.readlink(f"/proc/{pid}/{link}")
+        yield f"{name}: link {link}", partial(os.readlink, f"/proc/{pid}/{link}")
     yield f"{name}: list fd", lambda: os.listdir(f"/proc/{pid}/fd")
 
     def trace() -> None:
@@ -134,9 +135,9 @@ def of_files(targets: Targets) -> Iterator[tuple[str, Attempt]]:
         ("own environ", "/proc/self/environ"),
         ("/dev/null", "/dev/null"),
     ):
-        yield f"open {name}", lambda path=path: os.open(path, os.O_RDONLY)
+        yield f"open {name}", partial(os.open, path, os.O_RDONLY)
         yield f"openat2 {name}", call(437, 437, -100, path.encode(), struct.pack("QQQ", 0, 0, 0), 24)
-        yield f"stat {name}", lambda path=path: os.stat(path)
+        yield f"stat {name}", partial(os.stat, path)
         yield f"statx {name}", call(332, 291, -100, path.encode(), 0, 1, ctypes.create_string_buffer(256))
     yield "list /", lambda: os.listdir("/")
     yield "create a file", lambda: os.open(f"{folder}/made", os.O_WRONLY | os.O_CREAT)
@@ -191,7 +192,7 @@ def of_network(targets: Targets) -> Iterator[tuple[str, Attempt]]:
     yield "Unix listen", listen(socket.AF_UNIX, f"{targets.folder}/listening")
     for family in ("AF_INET6", "AF_NETLINK", "AF_PACKET", "AF_VSOCK", "AF_ALG"):
         number = getattr(socket, family)
-        yield f"socket {family}", lambda number=number: socket.socket(number, socket.SOCK_RAW if number == 17 else 2)
+        yield f"socket {family}", partial(socket.socket, number, socket.SOCK_RAW if number == 17 else 2)
     yield "socketpair", socket.socketpair
 
 

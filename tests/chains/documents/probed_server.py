@@ -83,7 +83,7 @@ async def serve(script: str, *, is_hidden: bool) -> None:
                 hide_memory()
             return process
 
-        anyio.open_process = open_process  # type: ignore[assignment]
+        anyio.open_process = open_process
         targets = Targets(
             parent=os.getpid(),
             other_reader=other.pid,
