@@ -42,10 +42,11 @@ def other_reader() -> "subprocess.Popen[bytes]":
         cwd="/",
         env={},
     )
+    asleep = 0
     for _ in range(2_000):
-        # Nothing else in it waits on a pipe.
-        state = Path(f"/proc/{process.pid}/wchan").read_text()
-        if "pipe_read" in state:
+        # It computes until it waits for its file.
+        asleep = asleep + 1 if "State:\tS" in Path(f"/proc/{process.pid}/status").read_text() else 0
+        if asleep == 5:
             break
         time.sleep(0.01)
     return process
