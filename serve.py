@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import uvicorn
 
 from chains import build_chains
+from chains.documents.files import protect
 from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine
 from llm.engine import Engine, EngineState
 from llm.errors import LLMError
@@ -70,6 +71,7 @@ def listen(settings: Settings) -> socket.socket:
 def run(settings: Settings, engine: Engine, listener: socket.socket | None = None) -> int:
     """Serve the chains over an engine until told to stop, or until the engine fails to load or dies."""
     start_logging(settings.log_level, settings.log_format, has_texts=settings.log_texts)
+    protect()
     try:
         exit_code = serve(settings, engine, listener or listen(settings))
     except (KeysError, SettingsError) as error:

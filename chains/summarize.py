@@ -162,7 +162,7 @@ def build(model: BaseChatModel) -> Chain:
     """Build the summary chain over a model."""
     measure = Measure(model)
     answer = with_options(model, **PRESETS)
-    reader = FileReader()
+    at_once = anyio.CapacityLimiter(2)
 
     def messages(value: dict[str, Any], configurable: Mapping[str, Any]) -> list[BaseMessage]:
         asked = SummarizeInput.model_validate(value)
@@ -172,6 +172,7 @@ def build(model: BaseChatModel) -> Chain:
         return asked.wish.final(NOTES, cut(asked.whole[:SAMPLE], budget=MIN_ROOM, count=measure.count)[0])
 
     async def produce(value: Any, config: RunnableConfig, *, is_streamed: bool) -> AsyncGenerator[str]:
+        reader = FileReader(turn=lambda: at_once)  # its limits are those of one request
         asked = await prepare(SummarizeInput.model_validate(value), reader)
         assert isinstance(asked, SummarizeInput)
         options = answer.options(config.get("configurable", {}))

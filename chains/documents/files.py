@@ -2,40 +2,60 @@
 
 What parses a stranger's file may crash, hang, or take all memory. So it is another process that does: it gets the
 bytes, no secrets and no time to spare, and whatever becomes of it, the caller gets a text or an `InputError`.
+What that process can still do is in `sandbox.py`.
 """
 
-import math
+import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
-import orjson
 from anyio.abc import Process
 from pydantic import TypeAdapter, ValidationError
 
 from chains.documents.formats import FIELD, FileLimits, FileText, Refusal
+from chains.documents.sandbox import Protections, hide_memory
 from chains.errors import TooLarge, UnreadableFile
 
-__all__ = ["FileLimits", "FileReader", "FileText"]
+__all__ = ["FileLimits", "FileReader", "FileText", "protect", "protections"]
+
+log = logging.getLogger(__name__)
 
 READER = Path(__file__).with_name("file_reader.py")
 BYTES_PER_CHARACTER = 6
 """The most that JSON takes for one."""
 PIECE = 2**20
 """Bytes that are handed to the reader at once: they are copied."""
-ANSWER: TypeAdapter[FileText | Refusal] = TypeAdapter(FileText | Refusal)
+PROTECTIONS_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the reading process sends."""
+
+    result: FileText | Refusal
+    cpu_s: float
+    """What reading the file took, without starting the process."""
+
+
+ANSWER = TypeAdapter(Answer)
 
 
 class FileReader:
-    """Reads PDF, DOCX, HTML, Markdown and plain text, a few files at once; the others wait their turn."""
+    """Reads the files of one request: PDF, DOCX, HTML, Markdown and plain text, a few at once.
+
+    `FileLimits.timeout_s` and `FileLimits.cpu_s` are for all files that one `FileReader` reads.
+    """
 
     def __init__(
         self,
@@ -46,19 +66,22 @@ class FileReader:
         """Make a reader.
 
         Args:
-            limits: Of each file.
+            limits: Of each file, and of all together.
             turn: Entered to read a file; one that several readers share, for the files of all. None: this reader's
                 own, for two files at once.
         """
         own = anyio.CapacityLimiter(2)
         self.limits = limits or FileLimits()
         self.turn = turn or (lambda: own)
+        self.left_s = self.limits.timeout_s
+        self.cpu_left_s = self.limits.cpu_s
 
     async def read(self, content: bytes) -> FileText:
         """Read one file; what it is is found from its bytes.
 
         Raises:
-            UnreadableFile: Broken, locked, empty, of no known type; or it takes more time or memory than is allowed.
+            UnreadableFile: Broken, locked, empty, of no known type; or it takes more memory than is allowed, or more
+                time than the request's files before it have left.
             TooLarge: It has more bytes, pages or text than is allowed.
         """
         if not content:
@@ -69,39 +92,54 @@ class FileReader:
                 f"the file has {len(content):,} bytes; at most {self.limits.max_file:,} are read (SERVE_MAX_FILE)",
             )
         async with self.turn():
-            said = await self.run(content)
-            return await anyio.to_thread.run_sync(result, said)
+            began_s = time.monotonic()
+            # All bytes of a request give it time, whatever file they are in.
+            self.cpu_left_s += len(content) * self.limits.cpu_s_per_mib / 2**20
+            try:
+                said = await self.run(content, self.cpu_left_s)
+                answer = await anyio.to_thread.run_sync(parse, said)
+            finally:
+                self.left_s -= time.monotonic() - began_s
+            # The process could claim to have taken no time. It can't take more than it was granted, or than `left_s`.
+            self.cpu_left_s -= max(0.0, answer.cpu_s)
+            return text_of(answer.result)
 
-    async def run(self, content: bytes) -> list[bytes]:
+    async def run(self, content: bytes, cpu_s: float) -> list[bytes]:
         """Run the reading process to its end, and return what it said, as it came."""
+        if self.left_s <= 0 or cpu_s <= 0:
+            raise self.too_slow()
         process = await anyio.open_process(
             # Isolated: no variable, directory or user's site decides what it imports.
-            [sys.executable, "-I", "-B", str(READER), orjson.dumps(asdict(self.limits)).decode()],
+            [sys.executable, "-I", "-B", str(READER), json.dumps({**asdict(self.limits), "granted_cpu_s": cpu_s})],
             stderr=subprocess.DEVNULL,
             cwd="/",
             env={},
-            # Ctrl-C is for the server, which then ends this one.
-            start_new_session=True,
         )
         try:
-            with anyio.fail_after(self.limits.timeout_s):
+            with anyio.fail_after(self.left_s):
                 said = await converse(process, content, self.limits.max_text * BYTES_PER_CHARACTER + 2**16)
                 code = await process.wait()
         except TimeoutError:
-            raise UnreadableFile(FIELD, f"the file took longer than {self.limits.timeout_s:g} s to read") from None
+            raise self.too_slow() from None
         finally:
             with anyio.CancelScope(shield=True):
                 await end(process)
+        if code == -signal.SIGXCPU:
+            raise self.too_slow()
         if code != 0:
-            raise UnreadableFile(FIELD, self.why_it_died(code))
+            memory = f"{self.limits.max_memory >> 20:,} MiB"
+            message = f"the file made its reader crash: it is damaged, or needs more memory than {memory}"
+            raise UnreadableFile(FIELD, message)
         return said
 
-    def why_it_died(self, code: int) -> str:
-        """Say what an exit code means, as far as it can be known from outside."""
-        if code == -signal.SIGXCPU:
-            return f"the file took longer than {math.ceil(self.limits.timeout_s)} s to read"
-        memory = f"{self.limits.max_memory >> 20:,} MiB"
-        return f"the file made its reader crash: it is damaged, or needs more memory than {memory}"
+    def too_slow(self) -> UnreadableFile:
+        """What to raise when the time for the request's files is over."""
+        limits = self.limits
+        return UnreadableFile(
+            FIELD,
+            f"the files of the request took too long to read: at most {limits.timeout_s:g} s, and of the CPU "
+            f"{limits.cpu_s:g} s and {limits.cpu_s_per_mib:g} s for each MiB",
+        )
 
 
 async def converse(process: Process, content: bytes, max_answer: int) -> list[bytes]:
@@ -125,17 +163,61 @@ async def converse(process: Process, content: bytes, max_answer: int) -> list[by
 async def end(process: Process) -> None:
     """Kill the process with all that it may have started, unless it is over; take back what it held."""
     if process.returncode is None:
+        # It may not have made its process group yet.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            process.kill()
     await process.aclose()
 
 
-def result(said: list[bytes]) -> FileText:
-    """Read what the process said: a text, or why there is none. Raises UnreadableFile, TooLarge."""
+def parse(said: list[bytes]) -> Answer:
+    """Parse what the process said. Raises UnreadableFile."""
     try:
-        answer = ANSWER.validate_json(b"".join(said), strict=True)
+        return ANSWER.validate_json(b"".join(said), strict=True)
     except ValidationError:
         raise UnreadableFile(FIELD, "the file made its reader talk nonsense") from None
-    if isinstance(answer, Refusal):
-        raise (TooLarge if answer.refused == "TooLarge" else UnreadableFile)(FIELD, answer.message)
-    return answer
+
+
+def text_of(result: FileText | Refusal) -> FileText:
+    """Return a text; raise UnreadableFile or TooLarge if there is none."""
+    if isinstance(result, Refusal):
+        raise (TooLarge if result.refused == "TooLarge" else UnreadableFile)(FIELD, result.message)
+    return result
+
+
+def protections() -> Protections:
+    """Run the reading process without a file, and return which protections are in effect in it.
+
+    Raises:
+        OSError: It cannot be started.
+        ValueError: It did not answer.
+    """
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-I", "-B", str(READER), "protections"],
+            capture_output=True,
+            cwd="/",
+            env={},
+            timeout=PROTECTIONS_TIMEOUT_S,
+            check=True,
+        )
+    except subprocess.SubprocessError as error:
+        raise ValueError(f"the process that reads files does not work: {error}") from error
+    return TypeAdapter(Protections).validate_json(ran.stdout)
+
+
+def protect() -> None:
+    """Hide this process's memory from others of its user, and log what the kernel can't protect it from.
+
+    For a service at its start.
+    """
+    missing = []
+    if not hide_memory():
+        missing.append("PR_SET_DUMPABLE (processes of the same user can read this service's memory and environment)")
+    try:
+        missing += protections().missing()
+    except (OSError, ValueError) as error:
+        missing.append(f"all that its check should have shown ({error})")
+    if missing:
+        log.warning("Files are read by a process without %s", "; without ".join(missing))

@@ -111,6 +111,20 @@ def pdf_bomb(unpacked: int = 4 * 2**30) -> bytes:
     )
 
 
+def pdf_that_spins(pages: int, steps: int) -> bytes:
+    """A PDF whose pages save and restore the state of graphics millions of times, packed twice over."""
+    content = zlib.compress(b"\x78\x9c" + packed(b"q Q " * 1_000, steps // 1_000), 9)
+    kids = " ".join(f"{number} 0 R" for number in range(4, 4 + pages))
+    return raw_pdf(
+        [
+            b"<</Type /Catalog /Pages 2 0 R>>",
+            f"<</Type /Pages /Count {pages} /Kids [{kids}]>>".encode(),
+            stream(content, b"/Filter [/FlateDecode /FlateDecode]"),
+            *[b"<</Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] /Contents 3 0 R>>"] * pages,
+        ]
+    )
+
+
 def packed(block: bytes, times: int) -> bytes:
     """Deflate a block that comes many times, with the work of one: after a full flush nothing refers back."""
     packer = zlib.compressobj(9, wbits=-15)

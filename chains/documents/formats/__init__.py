@@ -17,7 +17,7 @@ Kind = Literal["pdf", "docx", "html", "markdown", "text"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileLimits:
-    """What one file may have and may cost."""
+    """What one file may have and may cost, and how long the files of one request may take."""
 
     max_file: int = 20 * 2**20
     """Bytes of the file."""
@@ -25,8 +25,12 @@ class FileLimits:
     """Pages of a PDF."""
     max_text: int = 20_000_000
     """Characters that come out; of what is packed in the file, at most eight bytes for each are unpacked."""
-    timeout_s: float = 60.0
-    """Seconds, from the start of the reading process to its result."""
+    timeout_s: float = 180.0
+    """Seconds that the files of a request may take together, each from the start of its process to its result."""
+    cpu_s: float = 5.0
+    """CPU seconds that reading the files of a request may take together, rounded up; starting a process not counted."""
+    cpu_s_per_mib: float = 50.0
+    """What each MiB of these files adds."""
     max_memory: int = 2**30
     """Bytes of address space for the reading process."""
 
