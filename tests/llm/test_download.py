@@ -51,6 +51,29 @@ def test_a_failure_is_one_line_and_the_others_are_fetched(hub: StandIn, tmp_path
     assert (Path(done.stdout.strip()) / "config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"https_proxy": "proxy.example.com:port"}, "https_proxy is 'proxy.example.com:port', which is not the URL of"),
+        ({"HTTP_PROXY": "http://127.0.0.1:9"}, "check the proxy in HTTP_PROXY"),
+        ({"NO_PROXY": "hub:port"}, "check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_unusable_proxy_is_one_line_that_names_its_variable(
+    tmp_path: Path, variables: dict[str, str], expected: str
+) -> None:
+    """The client's own complaint was a traceback: an ImportError, or an InvalidURL of a URL that nobody typed."""
+    hub = StandIn(variables={"HF_ENDPOINT": "http://hub.invalid", **variables})
+
+    done = download(tmp_path, hub, "hf:org/tiny")
+
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: hf:org/tiny is not whole in ")
+    assert expected in line
+
+
 def test_help_says_what_a_reference_is(hub: StandIn, tmp_path: Path) -> None:
     done = download(tmp_path, hub, "--help")
     assert done.returncode == 0
