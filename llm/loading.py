@@ -7,7 +7,6 @@ or prompts.
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm import machine

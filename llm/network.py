@@ -1,4 +1,4 @@
-"""Says which environment variable keeps an HTTP client from reaching a server: a proxy, a certificate file, an endpoint.
+"""Says which environment variable keeps an HTTP client from a server: a proxy, a certificate file, an endpoint.
 
 Clients read these variables themselves, and fail in ways that do not name them: an ImportError, a URL that nobody
 typed, a file that is missing. Knows no client but for the package that it needs for SOCKS.

@@ -78,9 +78,7 @@ V1_UNLIMITED = 9223372036854771712
         pytest.param("0::/../box", {"box": v2("100000 100000", 1000, 0)}, 1, 1000, id="outside of the namespace"),
     ],
 )
-def test_cgroup_v2(
-    tmp_path: Path, own: str, groups: dict[str, dict[str, str]], cpus: float, left: float
-) -> None:
+def test_cgroup_v2(tmp_path: Path, own: str, groups: dict[str, dict[str, str]], cpus: float, left: float) -> None:
     root = system(tmp_path, own, V2_MOUNT, groups)
 
     assert (machine.cpu_quota(root), machine.available_in_cgroups(root)) == (cpus, left)

@@ -37,7 +37,8 @@ def test_socks_is_no_trouble_where_the_package_is_there(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("client", [HTTPX, REQUESTS])
 @pytest.mark.parametrize(
-    "value", ["proxy.example.com:port", "http://", "http://[::1", "http://a:99999", "http://a:0", "http://a b:1", ":3128"]
+    "value",
+    ["proxy.example.com:port", "http://", "http://[::1", "http://a:99999", "http://a:0", "http://a b:1", ":3128"],
 )
 def test_a_proxy_that_is_not_a_url_is_named(client: Client, value: str) -> None:
     found = trouble(client, {"HTTPS_PROXY": value})
@@ -79,7 +80,9 @@ def test_what_clients_can_use_is_no_trouble(client: Client, environment: dict[st
     assert trouble(client, environment) is None
 
 
-@pytest.mark.parametrize("environment", [{"HTTP_PROXY": "http://"}, {"HTTPS_PROXY": "http://", "NO_PROXY": "example.com"}])
+@pytest.mark.parametrize(
+    "environment", [{"HTTP_PROXY": "http://"}, {"HTTPS_PROXY": "http://", "NO_PROXY": "example.com"}]
+)
 def test_a_proxy_for_other_servers_is_trouble_only_to_clients_that_read_it(environment: dict[str, str]) -> None:
     assert trouble(HTTPX, environment)
     assert trouble(REQUESTS, environment) is None

@@ -195,7 +195,10 @@ HOSTILE_STOPS: dict[str, Callable[[int], tuple[str, list[str]]]] = {
         ["a" * (n // 8) + "c"] * 8,
     ),
     "the whole text and one more character": lambda n: ("the cat " * (n // 8), ["the cat " * (n // 8) + "x"]),
-    "many beginnings inside of each other": lambda n: ("aab" * (n // 3), ["aab" * (n // k) + "c" for k in range(3, 11)]),
+    "many beginnings inside of each other": lambda n: (
+        "aab" * (n // 3),
+        ["aab" * (n // k) + "c" for k in range(3, 11)],
+    ),
 }
 
 

@@ -145,7 +145,12 @@ def test_what_looks_like_a_service_link_is_refused_where_kubernetes_writes_none(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("SERVE_HTTP_PORT", "9000"), ("SERVE_SERVICE_HOST", "my host"), ("SERVE_PROT", "9000"), ("SERVE_MODELS", "tcp://a")],
+    [
+        ("SERVE_HTTP_PORT", "9000"),
+        ("SERVE_SERVICE_HOST", "my host"),
+        ("SERVE_PROT", "9000"),
+        ("SERVE_MODELS", "tcp://a"),
+    ],
 )
 def test_a_setting_that_does_not_exist_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
