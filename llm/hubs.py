@@ -232,7 +232,7 @@ class ModelScope:
             )
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             return _not_writable(error, self._config.cache_dir, "MODELSCOPE_CACHE")
-        endpoint = self._config.endpoint
+        endpoint = self._config.endpoint or ""
         return _unreachable(str(self), self._config.cache_dir, endpoint, "MODELSCOPE_ENDPOINT", REQUESTS, error)
 
 

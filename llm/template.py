@@ -142,8 +142,8 @@ class _Worker:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(script), str(MAX_MEMORY)],
-                stdin=theirs,
-                stdout=theirs,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for us

@@ -33,9 +33,9 @@ def system(root: Path, own: str, mounts: str, groups: Mapping[str, Mapping[str, 
     return root
 
 
-def v2(cpu: str = "max 100000", limit: object = "max", used: int = 0, inactive: int = 0, **more: str) -> dict[str, str]:
+def v2(cpu: str = "max 100000", limit: object = "max", used: int = 0, inactive: int = 0) -> dict[str, str]:
     stat = f"anon 600\ninactive_file {inactive}\nactive_file 60"
-    return {"cpu.max": cpu, "memory.max": str(limit), "memory.current": str(used), "memory.stat": stat, **more}
+    return {"cpu.max": cpu, "memory.max": str(limit), "memory.current": str(used), "memory.stat": stat}
 
 
 def v1_cpu(quota: int) -> dict[str, str]:
@@ -71,7 +71,7 @@ V1_UNLIMITED = 9223372036854771712
             100,
             id="the tightest is what its pod has left",
         ),
-        pytest.param("0::/", {"": v2(limit=1000, used=100, **{"memory.high": "600"})}, math.inf, 500, id="memory.high"),
+        pytest.param("0::/", {"": {**v2(limit=1000, used=100), "memory.high": "600"}}, math.inf, 500, id="memory.high"),
         pytest.param("0::/", {"": {"memory.max": "1000"}}, math.inf, 1000, id="a limit alone"),
         pytest.param("0::/", {"": {"memory.max": "many", "cpu.max": "x"}}, math.inf, math.inf, id="nonsense"),
         pytest.param("0::/gone", {"": v2("100000 100000", 1000, 0)}, 1, 1000, id="a group that cannot be seen"),
