@@ -10,6 +10,7 @@ from langchain_core.language_models import BaseChatModel
 
 from chains import brief, chat, summarize, translate
 from chains.chain import Chain
+from chains.documents.languages import warn_without_detector
 
 CHAINS: tuple[Callable[[BaseChatModel], Chain], ...] = (
     chat.build,
@@ -25,6 +26,7 @@ __all__ = ["CHAINS", "Chain", "brief", "build_chains", "chat", "summarize", "tra
 
 def build_chains(model: BaseChatModel) -> list[Chain]:
     """Build every chain of the registry over one model. Raises ValueError for two of one name."""
+    warn_without_detector()
     chains = [build(model) for build in CHAINS]
     names = [chain.name for chain in chains]
     if doubled := {name for name in names if names.count(name) > 1}:

@@ -40,9 +40,9 @@ SAMPLING_OPTIONS = (
     optional(float, "repetition_penalty", "Above 1: repeat less. 1 is off.", 1.1, ge=0.01, le=2),
     optional(int, "seed", "Same seed and input, same answer.", 1, ge=0, le=2**63 - 1),
     optional(
-        list[Annotated[str, StringConstraints(min_length=1)]],
+        list[Annotated[str, StringConstraints(min_length=1, max_length=1_000)]],
         "stop",
-        "The answer ends before the first of these.",
+        "The answer ends before the first of these; at most 8, of at most 1,000 characters each.",
         ["###"],
         max_length=8,
     ),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llm.errors import AccessDenied, BadReference, CacheNotWritable, DownloadFailed, ModelError, ModelNotFound
+from llm.network import HTTPX, REQUESTS, Client, find_trouble, proxy_variable
 
 _CANNOT_WRITE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT}
@@ -89,16 +90,11 @@ class HuggingFace:
     def _errors(self) -> Iterator[None]:
         from huggingface_hub import errors
 
-        # HTTPError is the root of whichever HTTP client the hub's client was built on.
-        unreachable = (
-            errors.HTTPError,  # type: ignore[attr-defined]
-            errors.EntryNotFoundError,
-            errors.RevisionResolutionError,
-            errors.XetDownloadError,
-        )
         try:
             yield
-        except (OSError, *unreachable) as error:
+        except ModelError:
+            raise
+        except Exception as error:  # a bad proxy alone is an ImportError, a ValueError or an InvalidURL
             # What the hub answered is the cause when the client fell back to its cache and found nothing.
             answer = error.__cause__ if isinstance(error.__cause__, errors.HfHubHTTPError) else error
             raise self._explained(answer) from error
@@ -127,10 +123,7 @@ class HuggingFace:
             )
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             return _not_writable(error, constants.HF_HUB_CACHE, "HF_HOME or HF_HUB_CACHE")
-        return DownloadFailed(
-            f"{self} is not whole in {constants.HF_HUB_CACHE} and could not be fetched from {constants.ENDPOINT} "
-            f"({_headline(error)}): check the connection and try again; what has come is kept"
-        )
+        return _unreachable(str(self), constants.HF_HUB_CACHE, constants.ENDPOINT, "HF_ENDPOINT", HTTPX, error)
 
 
 class ModelScope:
@@ -215,11 +208,13 @@ class ModelScope:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        from modelscope_hub.errors import FileDownloadError, HubError
+        from modelscope_hub.errors import FileDownloadError
 
         try:
             yield
-        except (OSError, HubError) as error:
+        except ModelError:
+            raise
+        except Exception as error:  # of the HTTP client, too, whose own errors need not be OSErrors
             files = error.failed_files.values() if isinstance(error, FileDownloadError) else ()
             raise self._explained(next(iter(files), error)) from error
 
@@ -237,14 +232,33 @@ class ModelScope:
             )
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             return _not_writable(error, self._config.cache_dir, "MODELSCOPE_CACHE")
-        return DownloadFailed(
-            f"{self} is not whole in {self._config.cache_dir} and could not be fetched from {self._config.endpoint} "
-            f"({_headline(error)}): check the connection and try again; what has come is kept"
-        )
+        endpoint = self._config.endpoint or ""
+        return _unreachable(str(self), self._config.cache_dir, endpoint, "MODELSCOPE_ENDPOINT", REQUESTS, error)
 
 
 def _not_writable(error: OSError, directory: Path | str, variable: str) -> CacheNotWritable:
     return CacheNotWritable(f"cannot write to {directory} ({error.strerror}): set {variable} to a directory with room")
+
+
+def _unreachable(
+    model: str, cache: Path | str, endpoint: str, endpoint_variable: str, client: Client, error: BaseException
+) -> DownloadFailed:
+    missing = f"{model} is not whole in {cache} and could not be fetched"
+    if trouble := find_trouble(client, endpoint, endpoint_variable):
+        return DownloadFailed(f"{missing}: {trouble}")
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return DownloadFailed(
+            f"{missing} from {endpoint}, whose certificate is not trusted: where a proxy opens TLS connections, set "
+            f"{client.certificates[0]} to a file of CA certificates that has its own"
+        )
+    proxy = proxy_variable(endpoint)
+    if isinstance(error, ImportError | ValueError) or type(error).__name__ == "InvalidURL":  # the client's own set-up
+        check = "check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY"
+    else:
+        check = f"check the proxy in {proxy}" if proxy else "check the connection"
+    return DownloadFailed(
+        f"{missing} from {endpoint} ({_headline(error)}): {check} and try again; what has come is kept"
+    )
 
 
 def _headline(error: BaseException) -> str:

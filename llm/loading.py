@@ -7,9 +7,9 @@ or prompts.
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm import machine
 from llm.errors import CorruptModel, InvalidOption, ModelError, NotEnoughMemory, UnsupportedModel
 from llm.gguf import convert
 from llm.quiet import quiet
@@ -74,25 +74,12 @@ def load_weights(files: ModelFiles, *, dtype: str = "auto", device: str = "auto"
 
 
 def available_memory(device: "torch.device") -> int:
-    """Free bytes on a device."""
+    """Free bytes on a device; on a CPU, what the machine and the limits of this process's cgroups leave."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    import psutil  # type: ignore[import-untyped]
-
-    return int(min(psutil.virtual_memory().available, _available_to_container(Path("/sys/fs/cgroup"))))
-
-
-def _available_to_container(cgroup: Path) -> float:
-    """Free bytes under a container's own limit (Linux, cgroup v2), which the machine's figures do not show."""
-    try:
-        limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        counters = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    except OSError:
-        return math.inf
-    # Files that were read and can be forgotten count as used.
-    return math.inf if limit == "max" else max(0, int(limit) - int(used) + int(counters["inactive_file"]))
+    return machine.available_memory()
 
 
 def _refuse_quantised(files: ModelFiles) -> None:

@@ -5,7 +5,8 @@ chat template puts special tokens into a prompt. For text that spells none, the 
 `apply_chat_template`.
 
     shield    in the contents, each spelled special token becomes a nonce that no template can take for anything
-    render    the checkpoint's template writes the prompt; every special token spelled in it now is the template's own
+    render    the checkpoint's template writes the prompt, in a process with limits on time and memory; every special
+              token spelled in it now is the template's own
     mark      those become aliases: unguessable tokens that only a private copy of the tokenizer knows
     unshield  the contents get their text back
     encode    once over the whole prompt, by a copy that reads spelled special tokens as plain text
@@ -22,11 +23,11 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError, TemplateSyntaxError
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from tokenizers import AddedToken, Tokenizer
 
 from llm.errors import InvalidMessage, UnsupportedModel
+from llm.template import TemplateRefusal, shared_renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,9 @@ _LLAMA3_TOKENS = frozenset({"<|begin_of_text|>", "<|start_header_id|>", "<|end_h
 # Today's would change the first tokens of every prompt at midnight, and with them all prefixes that could be reused.
 _DATE = "26 Jul 2024"
 
+_MAX_REASON = 1_000
+"""Characters of what a template says when it refuses a conversation."""
+
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -60,8 +64,9 @@ def encode(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[BaseMessage]
     """Give the ids that the model sees for a conversation, up to where its answer begins.
 
     Contents may be strings or lists of text blocks, which are joined without a separator, as LangChain's `text` does.
-    Names of messages are ignored. Raises InvalidMessage for what cannot be shown to this model, naming the field, and
-    UnsupportedModel where the checkpoint has no usable chat template. Any number of threads may call it.
+    Names of messages are ignored. Raises InvalidMessage for what cannot be shown to this model, naming the field, also
+    where its template takes too long for this conversation, and UnsupportedModel where the checkpoint has no usable
+    chat template. Any number of threads may call it.
     """
     template = _chat_template(tokenizer)
     if template is None:
@@ -74,16 +79,21 @@ def encode(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[BaseMessage]
         {"role": role, "content": encoder.shield(text, f"messages[{i}].content")}
         for i, (role, text) in enumerate(turns)
     ]
+    variables = {
+        **tokenizer.special_tokens_map,
+        "messages": conversation,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+        "date_string": _DATE,
+    }
     try:
-        prompt = tokenizer.apply_chat_template(
-            conversation, chat_template=template, add_generation_prompt=True, tokenize=False, date_string=_DATE
-        )
-    except TemplateSyntaxError as error:
-        raise UnsupportedModel(f"the checkpoint's chat template is broken: {error}") from error
-    except TemplateError as error:  # the template's own raise_exception, mostly
+        prompt = shared_renderer().render(template, variables)
+    except TemplateRefusal as error:  # the template's own raise_exception, mostly
         reason = encoder.unshield(str(error))
+        reason = reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}…"
         raise InvalidMessage("messages", f"the model's chat template refuses this conversation: {reason}") from None
-    return encoder.encode(encoder.unshield(encoder.mark(str(prompt))), "messages")
+    return encoder.encode(encoder.unshield(encoder.mark(prompt)), "messages")
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

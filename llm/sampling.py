@@ -7,6 +7,8 @@ from typing import Any, Self
 from llm.errors import InvalidOption
 
 MAX_STOPS = 8
+MAX_STOP_CHARS = 1_000
+"""Of one stop string: far more than a marker or a line has, and as much of an answer may be held back."""
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 
@@ -34,7 +36,8 @@ class Sampling:
     seed: int | None = None
     """Same seed, prompt and options: same answer. None: different each time."""
     stop: tuple[str, ...] = ()
-    """The answer ends before the first of these; they are never sent, not even in part."""
+    """The answer ends before the first of these, at most 8 of at most 1,000 characters; they are never sent, not even
+    in part."""
     logprobs: int | None = None
     """Report each token's log-probability and those of this many alternatives."""
     grammar: str | None = None
@@ -99,5 +102,8 @@ def _check_stop(stop: object) -> None:
         raise InvalidOption("stop", "a list of strings", stop)
     if len(stop) > MAX_STOPS:
         raise InvalidOption("stop", f"at most {MAX_STOPS} strings", f"{len(stop)} strings")
+    for index, item in enumerate(stop):
+        if len(item) > MAX_STOP_CHARS:
+            raise InvalidOption(f"stop[{index}]", f"at most {MAX_STOP_CHARS} characters", f"{len(item)} characters")
     if "" in stop:
         raise InvalidOption("stop", "non-empty strings", list(stop))

@@ -11,7 +11,15 @@ from typing import Annotated, Literal, Self
 
 from dotenv import dotenv_values
 from pydantic import AfterValidator, BeforeValidator, Field, FilePath, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, NoDecode, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from service.entry.access import host_pattern
 from service.entry.keys import NAME
@@ -69,6 +77,36 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 class SettingsError(Exception):
     """Settings that do not fit what they are for. The message is one line."""
+
+
+_ADDRESS = r"[0-9a-fA-F.:]+"
+_SERVICE_LINKS = (
+    (r"_SERVICE_HOST", _ADDRESS),
+    (r"_SERVICE_PORT(_\w+)?", r"\d+"),
+    (r"_PORT(_\d+_(TCP|UDP|SCTP))?", r"(tcp|udp|sctp)://.+"),
+    (r"_PORT_\d+_(TCP|UDP|SCTP)_PROTO", r"tcp|udp|sctp"),
+    (r"_PORT_\d+_(TCP|UDP|SCTP)_PORT", r"\d+"),
+    (r"_PORT_\d+_(TCP|UDP|SCTP)_ADDR", _ADDRESS),
+)
+"""What Kubernetes puts into every container for each service of its namespace, after the service's name in capitals:
+https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables"""
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Whether an environment variable is one that Kubernetes sets for a service called `serve` or `serve-…`."""
+    return any(
+        re.fullmatch(rf"SERVE(_\w+)?{suffix}", name.upper()) and re.fullmatch(shape, value)
+        for suffix, shape in _SERVICE_LINKS
+    )
+
+
+class _Environment(EnvSettingsSource):
+    """The process environment without service links. Nothing else writes them, so elsewhere their values are wrong."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[object, str, bool]:
+        value, key, is_complex = super().get_field_value(field, field_name)
+        is_link = isinstance(value, str) and is_service_link(f"SERVE_{field_name}", value)
+        return (None if is_link else value), key, is_complex
 
 
 class Settings(BaseSettings):
@@ -263,6 +301,18 @@ class Settings(BaseSettings):
         bool, Field(description="Log what callers send and what they get. Off: no text of theirs.")
     ] = False
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Tell pydantic where to look, the first found counts."""
+        return init_settings, _Environment(settings_cls), dotenv_settings, file_secret_settings
+
     @model_validator(mode="after")
     def _check_exposure(self) -> Self:
         if not (self.has_keys or self.insecure or is_loopback(self.host)):
@@ -346,7 +396,16 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         cli_implicit_flags=True,
     )
     known = {f"SERVE_{name.upper()}" for name in Settings.model_fields}
-    for name in {*os.environ, *dotenv_values(".env")}:
+    links = {name for name, value in os.environ.items() if is_service_link(name, value)}
+    for name in sorted(links):
+        if name.upper() in known:
+            print(
+                f"serve.py: {name} is {os.environ[name]!r}, a service link of Kubernetes for a service called `serve`: "
+                f"it is ignored; use --{name[6:].lower().replace('_', '-')}, or set enableServiceLinks: false in the "
+                "pod's spec",
+                file=sys.stderr,
+            )
+    for name in {*os.environ, *dotenv_values(".env")} - links:
         if name.upper().startswith("SERVE_") and name.upper() not in known:
             print(f"serve.py: there is no setting {name}: it is ignored", file=sys.stderr)
     try:

@@ -16,6 +16,7 @@ dialects that neither knows, such as Vietnamese in Han; the limits below were ch
 Not known here: what dialects differ in, transliteration, and which languages a model can write.
 """
 
+import logging
 import re
 import threading
 import unicodedata
@@ -247,6 +248,31 @@ _NO_PROSE = re.compile(
 )
 _CODE = frozenset("{}[]()<>=;_|\\/*&^$#@+~`")
 _building = threading.Lock()
+log = logging.getLogger(__name__)
+
+
+def warn_without_detector() -> None:
+    """Log a warning, once for the process, if the languages of texts cannot be detected here."""
+    if not can_detect():
+        _warn_without_detector()
+
+
+def can_detect() -> bool:
+    """Whether CLD2 can be loaded. With lingua alone too many texts would be taken for another language: see above."""
+    try:
+        import pycld2  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@cache
+def _warn_without_detector() -> None:
+    log.warning(
+        "No language detection: the package pycld2 is not installed (on ARM it has no wheels; `pip install pycld2` "
+        "needs a C++ compiler). Translations go on, but a text that is already in the target language is translated "
+        "like any other, and an answer in the wrong language is not noticed; callers can give source_language"
+    )
 
 
 def detect(text: str) -> Language | None:
@@ -303,11 +329,11 @@ def _sample(text: str) -> str:
 
 
 def _second_opinion(prose: str) -> "langcodes.Language | None":
-    """What CLD2 says if it calls itself reliable; None as well where it is not installed (it has no wheel there)."""
-    try:
-        import pycld2  # type: ignore[import-untyped]
-    except ImportError:
+    """What CLD2 says if it calls itself reliable; None as well where it is not installed, see `can_detect`."""
+    if not can_detect():
         return None
+    import pycld2
+
     try:
         is_reliable, _, ((_, code, percent, _), *_) = pycld2.detect(prose, isPlainText=True)
     except pycld2.error:  # characters that it does not take

@@ -22,6 +22,7 @@ from llm.llama.model import Llama
 from llm.llama.sampler import Sampler, sample
 from llm.llama.weights import take_weights
 from llm.loading import load_weights
+from llm.machine import limit_torch_threads
 from llm.references import ModelFiles
 
 PREFILL_CHUNK = 256
@@ -78,6 +79,7 @@ class LlamaRunner:
         max_context: int | None = None,
     ) -> "LlamaRunner":
         """Load a checkpoint directory; the other arguments are those of `LocalEngine`. Raises `ModelError`."""
+        limit_torch_threads()
         checkpoint = load_checkpoint(files, max_context=max_context)
         loaded = load_weights(files, dtype=dtype, device=device)
         weights = take_weights(loaded, context=checkpoint.context, quantize=quantize)

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -95,23 +94,6 @@ def test_too_little_memory_is_refused_before_loading_and_says_how_much_is_missin
     kv = 2 * 256 * 2 * 16 * width  # keys and values of 256 tokens, two layers of two heads of eight
     assert raised.value.needed == NUM_WEIGHTS * width + kv
     assert raised.value.available == 1000
-
-
-@pytest.mark.parametrize(
-    ("limit", "used", "free"), [("1000", "700", 340), ("1000", "1100", 0), ("max", "700", float("inf"))]
-)
-def test_the_memory_of_a_container_ends_at_its_limit(tmp_path: Path, limit: str, used: str, free: float) -> None:
-    """Of what it uses, files that were read can be forgotten."""
-    (tmp_path / "memory.max").write_text(f"{limit}\n")
-    (tmp_path / "memory.current").write_text(f"{used}\n")
-    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 40\nactive_file 60\n")
-
-    assert loading._available_to_container(tmp_path) == free
-
-
-def test_outside_of_a_container_the_machines_memory_counts(tmp_path: Path) -> None:
-    assert loading._available_to_container(tmp_path) == float("inf")
-    assert 0 < loading.available_memory(torch.device("cpu")) < psutil.virtual_memory().total
 
 
 def test_just_enough_memory_is_enough(tiny: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:

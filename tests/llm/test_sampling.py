@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from llm.errors import InvalidOption
-from llm.sampling import MAX_SEED, OPTIONS, Sampling
+from llm.sampling import MAX_SEED, MAX_STOP_CHARS, OPTIONS, Sampling
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,18 @@ def test_an_option_out_of_its_bounds_is_refused_by_name(name: str, value: Any) -
         ("seed", 0),
         ("seed", MAX_SEED),
         ("stop", ("a",) * 8),
+        ("stop", ("a" * MAX_STOP_CHARS,) * 8),
         ("logprobs", 0),
         ("logprobs", 20),
     ],
 )
 def test_an_option_at_its_bounds_is_taken(name: str, value: Any) -> None:
     assert getattr(Sampling(**{name: value}), name) == value
+
+
+def test_a_stop_string_that_is_too_long_is_named_with_its_length() -> None:
+    with pytest.raises(InvalidOption, match=r"^stop\[1\] must be at most 1000 characters, got '1001 characters'"):
+        Sampling(stop=("a", "b" * (MAX_STOP_CHARS + 1)))
 
 
 def test_call_arguments_that_are_none_are_not_given() -> None:

@@ -1,4 +1,5 @@
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm.scripted_engine import byte_tokenizer
-from llm.text import MAX_PARTIAL, REPLACEMENT, WINDOW, Detokenizer, StopStrings, TextStream
+from llm.text import MAX_PARTIAL, MAX_WINDOW, REPLACEMENT, WINDOW, Detokenizer, StopStrings, TextStream
 
 TEXTS = [
     "Hello, world!",
@@ -110,11 +111,109 @@ def test_the_window_stays_small_however_long_the_text(llama3: PreTrainedTokenize
         assert len(detokenizer._ids) <= WINDOW + 1
 
 
+def growth(work: Callable[[int], object], size: int) -> float:
+    """How many times more CPU time 8 times the size takes: about 8 if work is linear, 64 if it is quadratic."""
+
+    def fastest(size: int) -> float:
+        times = []
+        for _ in range(3):
+            started = time.thread_time()
+            work(size)
+            times.append(time.thread_time() - started)
+        return min(times)
+
+    return fastest(8 * size) / fastest(size)
+
+
+@pytest.mark.parametrize("silent", ["special", "beyond the vocabulary"])
+def test_tokens_without_text_cost_the_same_however_many_come(llama3: PreTrainedTokenizerFast, silent: str) -> None:
+    """They filled the window for good, which then was decoded at each step and could not slide."""
+    token_id = 128_002 if silent == "special" else 200_000
+
+    def decode(count: int) -> None:
+        detokenizer = Detokenizer(llama3)
+        detokenizer.push(llama3.backend_tokenizer.encode("word", add_special_tokens=False).ids)
+        for _ in range(count):
+            assert detokenizer.push([token_id]) == ""
+        assert len(detokenizer._ids) <= WINDOW
+
+    assert growth(decode, 2_000) < 24
+
+
+def test_text_goes_on_after_tokens_without_text(llama3: PreTrainedTokenizerFast) -> None:
+    encode = llama3.backend_tokenizer.encode
+    detokenizer = Detokenizer(llama3)
+    ids = [*encode("one", add_special_tokens=False).ids, *[128_002] * 50, *encode(" two", add_special_tokens=False).ids]
+
+    assert "".join(detokenizer.push([token_id]) for token_id in ids) == "one two"
+
+
+def test_the_window_is_bounded_where_a_decoder_leaves_no_place_to_slide_to() -> None:
+    """This one shows words otherwise after each other: no tail of the ids decodes to a tail of the text."""
+    words = [f"w{number}" for number in range(10)]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w0"))
+    backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("w1", "x"), decoders.Strip("w", 1, 0)])
+    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))  # type: ignore[no-untyped-call]
+
+    for number in range(5 * MAX_WINDOW):
+        detokenizer.push([number % 10])
+        assert len(detokenizer._ids) <= MAX_WINDOW + 1
+
+
 def cuts(text: str, at: list[int]) -> Iterator[str]:
     """Cut a text in pieces."""
     places = sorted({min(place, len(text)) for place in at} | {0, len(text)})
     for start, end in pairwise(places):
         yield text[start:end]
+
+
+@given(
+    st.text("ab", max_size=40),
+    st.lists(st.text("ab", min_size=1, max_size=9), max_size=8),
+    st.lists(st.integers(0, 40)),
+)
+def test_what_is_held_back_is_the_longest_end_that_may_become_a_stop_string(
+    text: str, stops: list[str], at: list[int]
+) -> None:
+    matcher = StopStrings(stops)
+
+    sent = seen = ""
+    for piece in cuts(text, at):
+        sent += matcher.push(piece)
+        seen += piece
+        if matcher.found is not None:
+            break
+        beginnings = [stop[:length] for stop in stops for length in range(len(stop)) if seen.endswith(stop[:length])]
+        assert len(seen) - len(sent) == max(map(len, beginnings), default=0)
+
+
+HOSTILE_STOPS: dict[str, Callable[[int], tuple[str, list[str]]]] = {
+    "a text that nearly is a stop string, again and again": lambda n: ("ba" * n, ["ba" * n + "x"] * 8),
+    "a stop string of one character": lambda n: ("a" * n, ["a" * n + "x"] * 8),
+    "a stop string that fails late and falls back step by step": lambda n: (
+        ("a" * (n // 8) + "b") * 8,
+        ["a" * (n // 8) + "c"] * 8,
+    ),
+    "the whole text and one more character": lambda n: ("the cat " * (n // 8), ["the cat " * (n // 8) + "x"]),
+    "many beginnings inside of each other": lambda n: (
+        "aab" * (n // 3),
+        ["aab" * (n // k) + "c" for k in range(3, 11)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_STOPS)
+def test_stop_strings_cost_the_same_for_each_character_however_long_they_are(case: str) -> None:
+    """Eight long ones made each token take as long as all that was held back."""
+
+    def match(size: int) -> None:
+        text, stops = HOSTILE_STOPS[case](size)
+        matcher = StopStrings(stops)
+        for start in range(0, len(text), 3):
+            matcher.push(text[start : start + 3])
+        assert matcher.found is None
+
+    assert growth(match, 2_000) < 24
 
 
 @given(

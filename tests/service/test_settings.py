@@ -89,6 +89,79 @@ def test_a_wrong_setting_is_named_with_its_limit_and_its_value(
     assert f"got {value!r}" in line
 
 
+def service_links(service: str) -> dict[str, str]:
+    """What Kubernetes puts into the containers of a namespace for a service with one named port."""
+    return {
+        f"{service}_SERVICE_HOST": "10.96.0.1",
+        f"{service}_SERVICE_PORT": "8000",
+        f"{service}_SERVICE_PORT_HTTP": "8000",
+        f"{service}_PORT": "tcp://10.96.0.1:8000",
+        f"{service}_PORT_8000_TCP": "tcp://10.96.0.1:8000",
+        f"{service}_PORT_8000_TCP_PROTO": "tcp",
+        f"{service}_PORT_8000_TCP_PORT": "8000",
+        f"{service}_PORT_8000_TCP_ADDR": "fd00::1",
+    }
+
+
+def test_service_links_of_kubernetes_are_not_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A service called `serve` is likely, and its SERVE_PORT is a URL."""
+    for service in ("SERVE", "SERVE_MODEL", "SERVE_MAX"):
+        for name, value in service_links(service).items():
+            monkeypatch.setenv(name, value)
+
+    settings = read_settings([])
+
+    assert settings.port == 8000
+    assert settings.model == "embedded"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "SERVE_PORT is 'tcp://10.96.0.1:8000', a service link of Kubernetes" in line
+    assert read_settings(["--port", "9000"]).port == 9000
+
+
+def test_dot_env_counts_where_the_environment_has_a_service_link(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("SERVE_PORT=9001\n")
+    monkeypatch.setenv("SERVE_PORT", "udp://10.96.0.1:8000")
+
+    assert read_settings([]).port == 9001
+
+
+@pytest.mark.parametrize("is_flag", [True, False])
+def test_what_looks_like_a_service_link_is_refused_where_kubernetes_writes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_flag: bool
+) -> None:
+    link = "tcp://10.96.0.1:8000"
+    (tmp_path / ".env").write_text("" if is_flag else f"SERVE_PORT={link}\n")
+
+    with pytest.raises(SystemExit) as exit_:
+        read_settings([f"--port={link}"] if is_flag else [])
+
+    assert exit_.value.code == 2
+    assert f"got '{link}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SERVE_HTTP_PORT", "9000"),
+        ("SERVE_SERVICE_HOST", "my host"),
+        ("SERVE_PROT", "9000"),
+        ("SERVE_MODELS", "tcp://a"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    read_settings([])
+
+    assert capsys.readouterr().err == f"serve.py: there is no setting {name}: it is ignored\n"
+
+
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         read_settings(["--colour", "red"])

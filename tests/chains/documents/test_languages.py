@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from langchain_core.language_models import FakeListChatModel
 
+from chains import build_chains
+from chains.documents import languages
 from chains.documents.languages import (
     MAX_CHARS,
     MAX_PARSED,
@@ -304,6 +307,29 @@ def test_many_threads_may_be_the_first_to_ask() -> None:
     for thread in threads:
         thread.join()
     assert answers == [Language("it")] * 8
+
+
+def test_where_a_detector_is_missing_the_chains_warn_once_and_say_what_is_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On ARM there is no pycld2, and nobody was told why texts were translated into their own language."""
+    languages._warn_without_detector.cache_clear()
+    model = FakeListChatModel(responses=[])
+    build_chains(model)
+    assert not caplog.records
+
+    monkeypatch.setitem(sys.modules, "pycld2", None)
+    build_chains(model)
+    build_chains(model)
+
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "pycld2 is not installed" in record.message
+    assert "source_language" in record.message
+    languages._detect_sample.cache_clear()
+    assert detect(FREEDOM["de"]) is None
+    assert is_written_in(FREEDOM["fr"], Language("de")) is None
+    languages._detect_sample.cache_clear()
 
 
 def test_importing_loads_no_language_data() -> None:
