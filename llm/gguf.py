@@ -109,7 +109,7 @@ def _make_safe(directory: Path) -> bool:
 
 
 def _flush(directory: Path) -> None:
-    """Have the files of a directory on the disk before it gets its name: a crash must not leave them without content."""
+    """Have a directory's files on the disk before it gets its name: a crash must not leave them without content."""
     for path in (*directory.iterdir(), directory):
         file = os.open(path, os.O_RDONLY)
         try:

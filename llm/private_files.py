@@ -116,4 +116,6 @@ def _check(path: Path, status: os.stat_result) -> None:
         )
     if status.st_mode & _OTHERS_WRITE:
         mode = stat.S_IMODE(status.st_mode)
-        raise UnsafeCache(f"{path} can be changed by other users (mode {mode:04o}): delete it, or run chmod go-w {path}")
+        raise UnsafeCache(
+            f"{path} can be changed by other users (mode {mode:04o}): delete it, or run chmod go-w {path}"
+        )

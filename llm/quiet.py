@@ -8,9 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 _ALONE = threading.RLock()
-"""transformers' settings, and the default dtype of torch that it changes while it loads, belong to the whole process."""
+"""transformers' settings, and torch's default dtype, which it changes while it loads, are the whole process's."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Checks of what is passed to compiled code: tensors as pointers, and whole numbers.
 
-C reads and writes what it is given: a tensor of another dtype, device, layout or size ends the process, or changes other
-data. Knows tensors; knows no models.
+C reads and writes what it is given: a tensor of another dtype, device, layout or size ends the process, or changes
+other data. Knows tensors; knows no models.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class KernelArgumentError(ValueError):
-    """An argument of the compiled kernel is not what the C code expects. It is a fault of the program, not of a user."""
+    """An argument of the compiled kernel is not what the C code expects: a fault of the program, not of a user."""
 
 
 def pointer(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
