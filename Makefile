@@ -6,13 +6,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install install-modelscope serve test lint soak bench
+.PHONY: help install install-modelscope serve test lint soak sanitize bench
 
 help:
 	@echo "make serve    the service, with the embedded model (flags: ARGS='--port 8123'; or SERVE_PORT=8123)"
 	@echo "make test     all tests"
 	@echo "make lint     ruff and mypy"
 	@echo "make soak     tests that take long"
+	@echo "make sanitize the CPU kernel under AddressSanitizer and UBSan, for x86 and ARM; takes many minutes. Needs, from"
+	@echo "              Debian: gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static"
 	@echo "make bench    measurements"
 	@echo "make install  set-up alone"
 
@@ -34,6 +36,9 @@ lint: .venv/installed-dev
 
 soak: .venv/installed-dev
 	@$(BIN)/python -m pytest -m soak $(ARGS)
+
+sanitize: .venv/installed-dev
+	@$(BIN)/python -m tests.sanitize $(ARGS)
 
 bench: .venv/installed-dev
 	@$(BIN)/python -m tests.bench $(ARGS)

@@ -154,6 +154,7 @@ class BatchingEngine(Generic[S]):
             death = EngineDead(type(error).__name__)  # callers see it; what it says is for the log
             log.exception("The engine has stopped")
         finally:
+            _drop_frames(death)
             self._die(death)
             if runner is not None:
                 runner.close()
@@ -208,3 +209,13 @@ class BatchingEngine(Generic[S]):
         atexit.unregister(self._end_with_the_program)
         for generation in generations:
             generation.fail(EngineDead(f"the engine has stopped: {death}"))
+
+
+def _drop_frames(error: BaseException) -> None:
+    """Let an error, and what caused it, be kept without the frames it passed: their variables hold the weights."""
+    chain, seen = [error], set()
+    while chain:
+        link = chain.pop()
+        link.__traceback__ = None
+        seen.add(link)
+        chain += [cause for cause in (link.__cause__, link.__context__) if cause is not None and cause not in seen]

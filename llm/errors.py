@@ -9,6 +9,7 @@ LLMError
 │   ├── CorruptModel           a shard is missing, empty or cut short
 │   ├── DownloadFailed         the hub cannot be reached and the cache does not hold the model
 │   ├── CacheNotWritable       the model must be kept somewhere and cannot
+│   ├── UnsafeCache            another user could have changed what the cache holds
 │   └── NotEnoughMemory        the weights do not fit (also a MemoryError)
 ├── InvalidOption              an option is out of its bounds (also a ValueError)
 ├── InvalidMessage             a message that this model cannot be shown (also a ValueError)
@@ -62,6 +63,10 @@ class DownloadFailed(ModelError):
 
 class CacheNotWritable(ModelError):
     """The cache directory cannot be written."""
+
+
+class UnsafeCache(ModelError):
+    """A directory or file of the cache belongs to another user, or other users can write to it."""
 
 
 class NotEnoughMemory(ModelError, MemoryError):

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -17,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llm.errors import CacheNotWritable, CorruptModel, UnsupportedModel
+from llm.errors import CacheNotWritable, CorruptModel, UnsafeCache, UnsupportedModel
+from llm.private_files import check_directory, is_private, make_directory, take_permissions
 from llm.quiet import quiet
 from llm.references import ModelFiles, check_complete, is_complete
 
@@ -40,14 +42,19 @@ def cache_dir() -> Path:
 def convert(files: ModelFiles) -> ModelFiles:
     """The checkpoint directory of a GGUF, converted if it is not in the cache yet; other models pass through.
 
-    Of several processes that start at once, one converts and the others wait for it.
+    Of several processes that start at once, one converts and the others wait for it. A copy that other users could have
+    changed is converted again.
+
+    Raises:
+        UnsafeCache: The cache belongs to another user.
+        CacheNotWritable: The copy is missing and cannot be written.
     """
     if files.gguf is None:
         return files
     source = files.directory / files.gguf
     target = cache_dir() / "gguf" / f"{source.stem}-{_identity(source)}"
     try:
-        if not is_complete(target):
+        if not _is_usable(target):
             _convert_once(source, target)
     except OSError as error:
         raise CacheNotWritable(
@@ -56,12 +63,22 @@ def convert(files: ModelFiles) -> ModelFiles:
     return ModelFiles(files.reference, target)
 
 
+def _is_usable(target: Path) -> bool:
+    """True if a converted copy is complete, and no other user could have changed it."""
+    try:
+        check_directory(target.parent)
+    except (FileNotFoundError, UnsafeCache):
+        return False
+    return is_complete(target) and is_private(target)
+
+
 def _convert_once(source: Path, target: Path) -> None:
     from filelock import FileLock
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(target.parent)
+    was_safe = _make_safe(target.parent)
     with FileLock(target.parent / ".lock"):
-        if is_complete(target):
+        if was_safe and _is_usable(target):
             return
         for left_over in (target, *target.parent.glob(f"{target.name}.*.part")):  # damaged, or by a process that died
             shutil.rmtree(left_over, ignore_errors=True)
@@ -72,7 +89,33 @@ def _convert_once(source: Path, target: Path) -> None:
             whole = Path(part) / "whole"
             _write(source, whole)
             check_complete(whole)
+            take_permissions(whole)
+            _flush(whole)
             whole.rename(target)
+
+
+def _make_safe(directory: Path) -> bool:
+    """Take the permission to write to a directory of this user's from others. False if they had it."""
+    try:
+        check_directory(directory)
+    except UnsafeCache as error:
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise
+        log.warning("%s. This is done now, and the model is converted again", error)
+        directory.chmod(stat.S_IMODE(status.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+        return False
+    return True
+
+
+def _flush(directory: Path) -> None:
+    """Have a directory's files on the disk before it gets its name: a crash must not leave them without content."""
+    for path in (*directory.iterdir(), directory):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def _write(source: Path, target: Path) -> None:

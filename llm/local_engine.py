@@ -1,6 +1,9 @@
 """The engine that people run: a checkpoint on this machine's GPU or CPU."""
 
+import gc
+import logging
 import os
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +12,8 @@ from llm.loading import prepare
 
 if TYPE_CHECKING:
     from llm.llama.runner import LlamaRunner
+
+log = logging.getLogger(__name__)
 
 
 class LocalEngine(BatchingEngine[Any]):  # of a sequence type whose import takes torch
@@ -46,6 +51,13 @@ class LocalEngine(BatchingEngine[Any]):  # of a sequence type whose import takes
         )
         super().__init__(reference, load)
 
+    def _run(self) -> None:
+        """Serve until the end, however it comes, and return the memory: no frame that held the model is left then."""
+        try:
+            super()._run()
+        finally:
+            _return_memory()
+
 
 def _load(
     reference: str, *, dtype: str, device: str, quantize: str, max_slots: int | None, max_context: int | None
@@ -59,3 +71,21 @@ def _load(
     return LlamaRunner.load(
         files, dtype=dtype, device=device, quantize=quantize, max_slots=max_slots, max_context=max_context
     )
+
+
+def _return_memory() -> None:
+    """Free objects that refer to each other, and give the GPU memory back that torch keeps for later use.
+
+    CUDA is not initialized if it was not used: its context alone takes hundreds of megabytes of the GPU.
+    """
+    gc.collect()
+    if "torch" not in sys.modules:
+        return
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:  # of a device that has failed
+        log.warning("The GPU memory cannot be returned: %s", error)

@@ -39,7 +39,7 @@ class Llama:
         Those of all earlier positions are in `blocks` already, where there is room for these too.
         """
         if self._kernel is not None:
-            x = functional.embedding(torch.tensor(ids), self.weights.embedding).float()
+            x = self._embed(ids)
             self._kernel.prefill(x, start, blocks)
         else:
             self._prefill(ids, start, blocks)
@@ -48,10 +48,10 @@ class Llama:
         weights, end = self.weights, start + len(ids)
         device = weights.embedding.device
         positions = torch.arange(start, end, device=device)
-        table = torch.tensor(blocks[: -(-end // BLOCK)], device=device)
+        table = torch.tensor(blocks[: -(-end // BLOCK)], dtype=torch.int64, device=device)
         turns = _turns(weights, positions)
         mask = torch.full((len(ids), len(ids)), -torch.inf, dtype=weights.dtype, device=device).triu_(1)
-        x = functional.embedding(torch.tensor(ids, device=device), weights.embedding)
+        x = functional.embedding(torch.tensor(ids, dtype=torch.int64, device=device), weights.embedding)
         for number, layer in enumerate(weights.layers):
             x, table, positions, mask = (tensor.to(layer.device) for tensor in (x, table, positions, mask))
             q, k, v = self._qkv(layer, x, turns)
@@ -69,17 +69,18 @@ class Llama:
         Returns logits, float32 (rows, vocabulary).
         """
         if self._kernel is not None:
-            x = functional.embedding(torch.tensor(ids), self.weights.embedding).float()
+            x = self._embed(ids)
             return self._kernel.decode(x, positions, tables)
         return self._decode(ids, positions, tables)
 
     def _decode(self, ids: list[int], positions: list[int], tables: list[list[int]]) -> Tensor:
         weights = self.weights
         device = weights.embedding.device
-        x = functional.embedding(torch.tensor(ids, device=device), weights.embedding)
-        where = torch.tensor(positions, device=device)
+        x = functional.embedding(torch.tensor(ids, dtype=torch.int64, device=device), weights.embedding)
+        where = torch.tensor(positions, dtype=torch.int64, device=device)
         turns = _turns(weights, where)
-        current = torch.tensor([table[at // BLOCK] for table, at in zip(tables, positions, strict=True)], device=device)
+        own_blocks = [table[at // BLOCK] for table, at in zip(tables, positions, strict=True)]
+        current = torch.tensor(own_blocks, dtype=torch.int64, device=device)
         groups = [_Group(rows, positions, tables, device) for rows in groups_of_similar_length(positions)]
         for number, layer in enumerate(weights.layers):
             x, current, where = (tensor.to(layer.device) for tensor in (x, current, where))
@@ -92,6 +93,11 @@ class Llama:
             x = self._rest(layer, x, mixed)
         x = functional.rms_norm(x.to(weights.norm.device), (weights.hidden,), weights.norm, weights.epsilon)
         return self._project(weights.head, x).float()
+
+    def _embed(self, ids: list[int]) -> Tensor:
+        """What the kernel begins with: float32 (tokens, hidden), which it may overwrite."""
+        embedding = self.weights.embedding
+        return functional.embedding(torch.tensor(ids, dtype=torch.int64, device=embedding.device), embedding).float()
 
     # The parts of a layer. `x` has the shape (tokens, hidden).
 
@@ -150,9 +156,9 @@ class _Group:
     def __init__(self, rows: list[int], positions: list[int], tables: list[list[int]], device: torch.device) -> None:
         num_blocks = max(positions[row] for row in rows) // BLOCK + 1
         padded = [(tables[row] + [tables[row][0]] * num_blocks)[:num_blocks] for row in rows]
-        self.rows = torch.tensor(rows, device=device)
-        self._tables = torch.tensor(padded, device=device)
-        lengths = torch.tensor([positions[row] + 1 for row in rows], device=device)
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._tables = torch.tensor(padded, dtype=torch.int64, device=device)
+        lengths = torch.tensor([positions[row] + 1 for row in rows], dtype=torch.int64, device=device)
         self._is_beyond = torch.arange(num_blocks * BLOCK, device=device) >= lengths[:, None]
 
     def to(self, device: torch.device) -> None:

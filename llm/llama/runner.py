@@ -7,26 +7,34 @@ turn of a chat, or a request that had to pause) rounds floats in another order.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from llm.checkpoint import Checkpoint, load_checkpoint
 from llm.engine import Request
-from llm.errors import EngineDead, LLMError, OutOfDeviceMemory
+from llm.errors import EngineDead, LLMError, ModelError, OutOfDeviceMemory
 from llm.generation import Token
 from llm.llama.blocks import BlockPool, BlockTable
 from llm.llama.memory import plan_memory
 from llm.llama.model import Llama
 from llm.llama.sampler import Sampler, sample
-from llm.llama.weights import take_weights
+from llm.llama.weights import ARCHITECTURES, take_weights
 from llm.loading import load_weights
 from llm.machine import limit_torch_threads
 from llm.references import ModelFiles
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PREFILL_CHUNK = 256
 """Prompt tokens read in one step: others wait so long for their next token, and a cancelled request goes on so long."""
+LOAD_ATTEMPTS = 3
+
+log = logging.getLogger(__name__)
 
 
 class LlamaSequence:
@@ -81,7 +89,7 @@ class LlamaRunner:
         """Load a checkpoint directory; the other arguments are those of `LocalEngine`. Raises `ModelError`."""
         limit_torch_threads()
         checkpoint = load_checkpoint(files, max_context=max_context)
-        loaded = load_weights(files, dtype=dtype, device=device)
+        loaded = _load_in_one_dtype(files, dtype=dtype, device=device)
         weights = take_weights(loaded, context=checkpoint.context, quantize=quantize)
         del loaded
         plan = plan_memory(weights, context=checkpoint.context, max_slots=max_slots, is_fixed=max_context is not None)
@@ -154,6 +162,25 @@ class LlamaRunner:
     def close(self) -> None:
         """Free weights and memory."""
         del self._model
+
+
+def _load_in_one_dtype(files: ModelFiles, *, dtype: str, device: str) -> "PreTrainedModel":
+    """Load the weights in the dtype that was asked for, whatever else the process does meanwhile.
+
+    transformers creates parameters in torch's default dtype, which it sets for that time and which belongs to the whole
+    process: another thread that sets it, or loads a model, changes the dtype of parameters, and with it the answers.
+    """
+    for _ in range(LOAD_ATTEMPTS):
+        model = load_weights(files, dtype=dtype, device=device)
+        known = model.config.model_type in ARCHITECTURES  # others may mix dtypes; they are refused later
+        if not known or {parameter.dtype for parameter in model.parameters()} == {model.config.dtype}:
+            return model
+        log.warning("Another thread changed torch's default dtype while the model loaded: it is loaded again")
+        del model
+    raise ModelError(
+        f"torch's default dtype was changed in each of {LOAD_ATTEMPTS} attempts to load {files.directory}: let nothing "
+        "else set it, or load a model, at the same time"
+    )
 
 
 @contextlib.contextmanager

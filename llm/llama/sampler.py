@@ -137,7 +137,7 @@ class _Stack:
         """These rows, in ascending order."""
         if len(rows) == len(self.scores):
             return self
-        index = torch.tensor(rows, device=self.scores.device)
+        index = torch.tensor(rows, dtype=torch.int64, device=self.scores.device)
         return _Stack(self.scores[index], self.tops[index], self.best[index])
 
     def portions(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -184,9 +184,11 @@ def _penalised(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     if not rows:
         return logits.float()
     seen = [torch.frombuffer(samplers[row].seen, dtype=torch.int64) for row in rows]
-    counts = torch.tensor([len(ids) for ids in seen])
-    penalties = torch.tensor([samplers[row].sampling.repetition_penalty for row in rows])
-    place = torch.stack((torch.tensor(rows).repeat_interleave(counts), torch.cat(seen))).to(logits.device).unbind()
+    counts = torch.tensor([len(ids) for ids in seen], dtype=torch.int64, device="cpu")
+    factors = [samplers[row].sampling.repetition_penalty for row in rows]
+    penalties = torch.tensor(factors, dtype=torch.float32, device="cpu")
+    row_of_each = torch.tensor(rows, dtype=torch.int64, device="cpu").repeat_interleave(counts)
+    place = torch.stack((row_of_each, torch.cat(seen))).to(logits.device).unbind()
     penalty = penalties.repeat_interleave(counts).to(logits.device)
     scores = logits.to(torch.float32, copy=True)
     before = scores[place]
@@ -284,7 +286,7 @@ def _logprobs(logits: Tensor, samplers: Sequence[Sampler], chosen: dict[int, int
     limits = {row: min(samplers[row].sampling.logprobs or 0, logits.shape[1]) for row in rows}
     stack = _Stack.of(logits[rows].float())
     best = stack.highest(torch.ones_like(stack.best)).log()
-    ids = torch.tensor([[chosen[row]] for row in rows], device=logits.device)
+    ids = torch.tensor([[chosen[row]] for row in rows], dtype=torch.int64, device=logits.device)
     logprobs = best - (stack.best - stack.scores.flatten(1).gather(1, ids))
     top_ids, distance, _ = _ranked(stack, MAX_LOGPROBS)
     found = zip(rows, logprobs.tolist(), top_ids.tolist(), (best - distance).tolist(), strict=True)

@@ -138,7 +138,7 @@ def kernel_runs(model: PreTrainedModel) -> bool:
         and _head_dim(config) % PANEL == 0
         and _head_dim(config) <= kernel.MAX_HEAD_DIM
         and heads % kv_heads == 0
-        and all(size % GROUP == 0 for size in sizes)
+        and all(size % GROUP == 0 and size <= kernel.MAX_INPUTS for size in sizes)
         and kernel.library() is not None
     )
 

@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llm.checkpoint import load_checkpoint
-from llm.errors import CacheNotWritable, CorruptModel, UnsupportedModel
+from llm.errors import CacheNotWritable, CorruptModel, UnsafeCache, UnsupportedModel
 from llm.gguf import cache_dir, convert
 from llm.loading import load_weights
 from llm.references import ModelFiles, resolve
@@ -152,6 +154,56 @@ def test_what_a_crashed_conversion_left_is_neither_used_nor_kept(tmp_path: Path,
     (left_over / "tokenizer.json").unlink()
     assert (convert(files).directory / "tokenizer.json").is_file()
     assert not left_over.exists()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_converted_copy_is_for_this_user_to_write(tmp_path: Path, own_cache: Path) -> None:
+    before = os.umask(0)
+    try:
+        directory = convert(resolve(str(write_gguf(tmp_path / "a.gguf")))).directory
+    finally:
+        os.umask(before)
+    made = [own_cache, own_cache / "gguf", directory, *directory.iterdir()]
+    assert not [path for path in made if mode(path) & 0o022]
+    assert [mode(path) for path in made[:2]] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("which", ["model.safetensors", ".", ".."])
+def test_a_copy_that_others_could_have_changed_is_converted_again(tmp_path: Path, own_cache: Path, which: str) -> None:
+    files = resolve(str(write_gguf(tmp_path / "a.gguf")))
+    directory = convert(files).directory
+    content = (directory / "model.safetensors").read_bytes()
+    changed = bytes([*content[:-1], content[-1] ^ 1])
+    (directory / "model.safetensors").write_bytes(changed)
+    assert convert(files).directory == directory
+    assert (directory / "model.safetensors").read_bytes() == changed, "content alone is not looked at"
+
+    (directory / which).chmod(0o777)
+    assert convert(files).directory == directory
+
+    assert (directory / "model.safetensors").read_bytes() == content
+    assert not mode(own_cache / "gguf") & 0o022
+    before = (directory / "model.safetensors").stat().st_mtime_ns
+    convert(files)
+    assert (directory / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_cache_of_another_user_is_refused_with_what_to_do(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = resolve(str(write_gguf(tmp_path / "a.gguf")))
+    convert(files)
+    owner = (own_cache / "gguf").stat().st_uid
+    if owner == 0:  # root's files are trusted by everybody
+        os.chown(own_cache / "gguf", 12345, -1)
+        owner = 12345
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+
+    with pytest.raises(UnsafeCache, match=f"{own_cache / 'gguf'} belongs to the user with the id {owner}.*SERVE_CACHE"):
+        convert(files)
 
 
 def test_two_processes_that_start_at_once_convert_once(tmp_path: Path) -> None:

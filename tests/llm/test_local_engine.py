@@ -7,22 +7,26 @@ on the texts are different ones, and the comparison ends; nearly all tokens have
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
 from langchain_core.messages import HumanMessage
 from transformers import AutoModelForCausalLM
 
-from llm.engine import Request
-from llm.errors import UnsupportedModel
+from llm.engine import EngineState, Request
+from llm.errors import EngineDead, NotEnoughMemory, UnsupportedModel
 from llm.generation import Chunk, FinishReason, Generation
-from llm.llama import kernel
+from llm.llama import kernel, runner
+from llm.llama.model import Llama
+from llm.llama.runner import LlamaRunner
+from llm.llama.weights import Weights
 from llm.local_engine import LocalEngine
 from llm.prompt import encode
 from llm.references import ModelFiles
@@ -378,3 +382,128 @@ def test_greedy_on_a_gpu_equals_generate_on_it(tiny_llama3: Path, dtype: str) ->
         ]
     assert sum(same) >= (0.9 if dtype == "float32" else 0.2) * len(prompts) * NUM_TOKENS
     engine.close()
+
+
+# What is left of it when it has ended.
+
+
+class Seen(Llama):
+    """Notes that it exists, and its tensors, without keeping them alive."""
+
+    models: ClassVar[list[weakref.ref[Llama]]] = []
+    tensors: ClassVar[list[weakref.ref[torch.Tensor]]] = []
+
+    def __init__(self, weights: Weights, num_blocks: int) -> None:
+        super().__init__(weights, num_blocks)
+        Seen.models += [weakref.ref(self)]
+        Seen.tensors += [weakref.ref(tensor) for tensor in (weights.embedding, weights.norm, *self._keys)]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> type[Seen]:
+    monkeypatch.setattr(Seen, "models", [])
+    monkeypatch.setattr(Seen, "tensors", [])
+    monkeypatch.setattr(runner, "Llama", Seen)
+    return Seen
+
+
+def num_alive(seen: type[Seen]) -> int:
+    assert seen.models
+    assert seen.tensors
+    return sum(reference() is not None for reference in (*seen.models, *seen.tensors))
+
+
+def test_closing_frees_the_weights_though_the_engine_and_its_answers_are_kept(
+    tiny_llama3: Path, seen: type[Seen]
+) -> None:
+    engine = started(tiny_llama3, device="cpu")
+    ids = prompt(engine, QUESTIONS[0])
+    finished, running = ask(engine, ids), ask(engine, ids, max_tokens=400)
+    finished.whole()
+    next(running)
+    assert num_alive(seen) == len(seen.models) + len(seen.tensors)
+
+    engine.close()
+
+    assert num_alive(seen) == 0
+    assert engine.health().state is EngineState.DEAD
+    assert finished.whole().finish_reason is not None
+    with pytest.raises(EngineDead):
+        running.whole()
+
+
+def test_an_engine_that_dies_in_a_step_frees_the_weights(
+    tiny_llama3: Path, seen: type[Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error that it died of is kept, and with it were all variables of the step."""
+
+    def fail(self: Llama, *_: object) -> torch.Tensor:
+        try:
+            raise RuntimeError("no answer from the device")
+        except RuntimeError as error:
+            raise EngineDead("the device has failed") from error
+
+    monkeypatch.setattr(Seen, "decode", fail)
+    engine = started(tiny_llama3, device="cpu")
+
+    with pytest.raises(EngineDead, match="the device has failed"):
+        ask(engine, prompt(engine, QUESTIONS[0])).whole()
+    engine.close()
+
+    assert num_alive(seen) == 0
+    with pytest.raises(EngineDead, match="the device has failed"):
+        _ = engine.checkpoint
+
+
+def test_an_engine_that_cannot_load_frees_the_weights(
+    tiny_llama3: Path, seen: type[Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is kept for whoever asks; it was raised where the weights were at hand."""
+
+    def fail(self: LlamaRunner, checkpoint: object, model: Llama, **_: object) -> None:
+        raise NotEnoughMemory("too large", needed=2, available=1)
+
+    monkeypatch.setattr(LlamaRunner, "__init__", fail)
+    engine = LocalEngine(str(tiny_llama3), device="cpu")
+
+    with pytest.raises(NotEnoughMemory):
+        engine.wait_until_ready(100)
+    engine.close()
+
+    assert num_alive(seen) == 0
+
+
+class Gpu:
+    """In place of `torch.cuda`: counts what is returned, and how much of the model is alive by then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seen: type[Seen], *, is_used: bool) -> None:
+        self.alive: list[int] = []
+        self._seen = seen
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_used)
+        monkeypatch.setattr(torch.cuda, "empty_cache", self._empty_cache)
+
+    def _empty_cache(self) -> None:
+        self.alive.append(num_alive(self._seen))
+
+
+def test_closing_returns_the_memory_of_a_gpu_once_nothing_uses_it(
+    tiny_llama3: Path, seen: type[Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = started(tiny_llama3, device="cpu")
+    gpu = Gpu(monkeypatch, seen, is_used=True)
+
+    engine.close()
+
+    assert gpu.alive == [0]
+
+
+def test_closing_does_not_initialize_a_gpu_that_was_not_used(
+    tiny_llama3: Path, seen: type[Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = started(tiny_llama3, device="cpu")
+    gpu = Gpu(monkeypatch, seen, is_used=False)
+
+    engine.close()
+
+    assert gpu.alive == []
+    assert num_alive(seen) == 0

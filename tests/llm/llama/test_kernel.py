@@ -1,5 +1,6 @@
 """The compiled forward against torch's, and what happens where it cannot be compiled."""
 
+import ctypes
 import logging
 import os
 import platform
@@ -7,8 +8,10 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ from transformers import PreTrainedModel
 from llm.errors import UnsupportedModel
 from llm.llama import kernel
 from llm.llama.blocks import BLOCK
-from llm.llama.matrix import Format
+from llm.llama.matrix import Format, PackedMatrix
 from llm.llama.model import Llama
+from llm.llama.pointers import KernelArgumentError
+from llm.llama.weights import Projection, Weights
 from tests.llm.llama.tiny_models import (
     expected_logits,
     fill_with,
@@ -287,6 +292,238 @@ def test_how_many_threads_read_a_prompt_does_not_show(kind: Kind, other_threads:
     assert torch.equal(memory(llama), usual)
 
 
+# What torch's settings for the whole process are does not matter.
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture
+def usual_dtype() -> Iterator[None]:
+    """torch's default dtype is put back."""
+    usual = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(usual)
+
+
+def prompt_and_steps(llama: Llama) -> tuple[Tensor, Tensor]:
+    """What a prompt leaves in memory, and the logits of steps after it."""
+    ids, blocks = random_ids(60), table(60)
+    fill_with(llama, 0.0)
+    read(llama, ids[:-3], blocks)
+    logits = [llama.decode([ids[at]] * 3, [at] * 3, [blocks] * 3)[0] for at in range(57, 60)]
+    return memory(llama), torch.stack(logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_default_dtype_does_not_show(kind: Kind, dtype: torch.dtype, usual_dtype: None) -> None:
+    """The process aborted: C wrote float32 into memory that had been taken for the default dtype."""
+    model = tiny()
+    usual = prompt_and_steps(on_kernel(model, kind, 4))
+
+    torch.set_default_dtype(dtype)
+    after_packing = prompt_and_steps(on_kernel(model, kind, 4))
+
+    for got, expected in zip(after_packing, usual, strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected)
+
+
+def test_the_default_dtype_may_change_at_any_time(usual_dtype: None) -> None:
+    """As it does while transformers loads another model in another thread."""
+    llama = on_kernel(tiny(), KINDS["int4 and bfloat16"], 4)
+    usual = prompt_and_steps(llama)
+    is_done = threading.Event()
+    num_changes = 0
+
+    def change() -> None:
+        nonlocal num_changes
+        while not is_done.is_set():
+            torch.set_default_dtype(DTYPES[num_changes % len(DTYPES)])
+            num_changes += 1
+            time.sleep(0)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        results = [prompt_and_steps(llama) for _ in range(10)]
+    finally:
+        is_done.set()
+        thread.join()
+
+    assert num_changes > 10
+    for result in results:
+        assert all(torch.equal(got, expected) for got, expected in zip(result, usual, strict=True))
+
+
+def test_the_default_device_does_not_show() -> None:
+    llama = on_kernel(tiny(), KINDS["int4 and bfloat16"], 4)
+    usual = prompt_and_steps(llama)
+
+    with torch.device("meta"):
+        llama.decode([1], [0], [[0]])
+        read(llama, random_ids(20), table(20))
+        llama._kernel = kernel.Kernel(llama.weights, llama._keys, llama._values)
+
+    for got, expected in zip(prompt_and_steps(llama), usual, strict=True):
+        assert torch.equal(got, expected)
+
+
+# What C is given is checked before.
+
+
+@pytest.fixture
+def small() -> Llama:
+    """With four blocks, and positions up to 2047."""
+    return on_kernel(tiny(), KINDS["bfloat16"], 4)
+
+
+@pytest.mark.parametrize(
+    ("positions", "tables", "message"),
+    [
+        ([-1], [[0]], "position: must be from 0 to"),
+        ([2048], [[0] * 129], "position: must be from 0 to 2047, got 2048"),
+        ([16], [[0]], "table: 1 blocks do not hold the position 16"),
+        ([0, 40], [[0], [0, 1]], "table: 2 blocks do not hold the position 40"),
+        ([0], [[4]], "block: must be from 0 to 3, got 4"),
+        ([0], [[-1]], "block: must be from 0 to 3, got -1"),
+        ([0, 0], [[0]], "number of tables: must be 2, got 1"),
+    ],
+)
+def test_a_step_beyond_its_memory_is_refused(
+    small: Llama, positions: list[int], tables: list[list[int]], message: str
+) -> None:
+    before = memory(small)
+
+    with pytest.raises(KernelArgumentError, match=message):
+        small.decode([1] * len(positions), positions, tables)
+
+    assert torch.equal(memory(small), before)
+
+
+@pytest.mark.parametrize(
+    ("start", "blocks", "message"),
+    [
+        (-1, [0, 1], "start: must be from 0 to 2028, got -1"),
+        (2029, [0] * 128, "start: must be from 0 to 2028, got 2029"),
+        (0, [0], "blocks of the sequence: must be from 2"),
+        (16, [0, 1], "blocks of the sequence: must be from 3"),
+        (0, [0, 4], "block: must be from 0 to 3, got 4"),
+        (0, [-2, 1], "block: must be from 0 to 3, got -2"),
+    ],
+)
+def test_a_prompt_beyond_its_memory_is_refused(small: Llama, start: int, blocks: list[int], message: str) -> None:
+    before = memory(small)
+
+    with pytest.raises(KernelArgumentError, match=message):
+        small.prefill([1] * 20, start, blocks)
+
+    assert torch.equal(memory(small), before)
+
+
+def test_embeddings_of_another_dtype_or_size_are_refused(small: Llama) -> None:
+    made = small._kernel
+    assert made is not None
+    for x in (torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(1, 32), torch.zeros(1, 128)[:, ::2]):
+        with pytest.raises(KernelArgumentError, match=r"x: expected .* torch.float32 \(1, 64\)"):
+            made.decode(x, [0], [[0]])
+        with pytest.raises(KernelArgumentError, match=r"x: expected .* torch.float32 \(1, 64\)"):
+            made.prefill(x, 0, [0])
+    with pytest.raises(KernelArgumentError, match="rows of x: must be 1, got 2"):
+        made.decode(torch.zeros(2, 64), [0], [[0]])
+
+
+def changed(weights: Weights, **changes: Any) -> Weights:
+    """The weights with a part of the first layer changed."""
+    return replace(weights, layers=(replace(weights.layers[0], **changes), *weights.layers[1:]))
+
+
+def of_matrix(projection: Projection, **changes: Any) -> Projection:
+    assert isinstance(projection.matrix, PackedMatrix)
+    return replace(projection, matrix=replace(projection.matrix, **changes))
+
+
+WRONG: dict[str, tuple[Callable[[Weights], Weights], str]] = {
+    "a norm in bfloat16": (
+        lambda w: changed(w, mlp_norm=w.layers[0].mlp_norm.bfloat16()),
+        "mlp_norm: expected .* torch.float32",
+    ),
+    "a short norm": (lambda w: replace(w, norm=w.norm[:-1]), r"norm: expected .* \(64,\)"),
+    "angles in float64": (lambda w: replace(w, sines=w.sines.double()), "sines: expected .* torch.float32"),
+    "angles of fewer positions": (lambda w: replace(w, sines=w.sines[1:]), r"sines: expected .* \(2048, 8\)"),
+    "weights cut off": (
+        lambda w: changed(w, out=of_matrix(w.layers[0].out, weights=w.layers[0].out.matrix.weights[:-1])),  # type: ignore[union-attr]
+        r"layers\[0\].out.weights: expected .* torch.int32",
+    ),
+    "scales in float32": (
+        lambda w: changed(w, out=of_matrix(w.layers[0].out, scales=w.layers[0].out.matrix.scales.float())),  # type: ignore[union-attr]
+        "out.scales: expected .* torch.float16",
+    ),
+    "no scales": (lambda w: changed(w, out=of_matrix(w.layers[0].out, scales=None)), "out.scales: missing"),
+    "more outputs than there are": (
+        lambda w: changed(w, down=of_matrix(w.layers[0].down, outputs=96)),
+        "down.outputs: must be 64, got 96",
+    ),
+    "more inputs than there are": (
+        lambda w: changed(w, qkv=of_matrix(w.layers[0].qkv, inputs=96)),
+        "qkv.inputs: must be 64, got 96",
+    ),
+    "halves that do not take turns": (
+        lambda w: changed(w, gate_up=of_matrix(w.layers[0].gate_up, is_interleaved=False)),
+        "gate_up.is_interleaved: must be True, got False",
+    ),
+    "a short bias": (
+        lambda w: changed(w, qkv=replace(w.layers[0].qkv, bias=torch.zeros(32))),
+        "length of layers.0..qkv.bias: must be 128, got 32",
+    ),
+    "a matrix that is not packed": (
+        lambda w: changed(w, qkv=Projection(torch.zeros(128, 64), None)),
+        "qkv: expected a packed matrix",
+    ),
+    "heads that share no keys": (lambda w: replace(w, heads=3), "heads % kv_heads: must be 0, got 1"),
+    "wide heads": (lambda w: replace(w, head_dim=272), "head_dim: must be from 16 to 256, got 272"),
+    "keys of another dtype": (lambda w: replace(w, dtype=torch.float32), "keys: expected .* torch.float32"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
+def test_weights_that_are_not_as_c_reads_them_are_refused(change: Callable[[Weights], Weights], message: str) -> None:
+    llama = on_kernel(tiny(), KINDS["int4 and bfloat16"], 4)
+
+    with pytest.raises(KernelArgumentError, match=message):
+        kernel.Kernel(change(llama.weights), llama._keys, llama._values)
+
+
+def test_keys_of_another_number_of_blocks_than_values_are_refused() -> None:
+    llama = on_kernel(tiny(), KINDS["int4 and bfloat16"], 4)
+
+    with pytest.raises(KernelArgumentError, match=r"layers\[0\].values: expected .* \(4, 2, 16, 16\)"):
+        kernel.Kernel(llama.weights, llama._keys, [values[:3] for values in llama._values])
+
+
+def test_structs_are_laid_out_as_the_compiler_lays_them_out(tmp_path: Path) -> None:
+    """The compiler itself compares: nothing is run."""
+    asserts = []
+    for struct in (kernel.Linear, kernel.Layer, kernel.Model, kernel.Step, kernel.Prompt):
+        name = struct.__name__
+        asserts.append(f"_Static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, MESSAGE);")
+        for field, *_ in struct._fields_:
+            place = getattr(struct, field)
+            asserts.append(f"_Static_assert(offsetof({name}, {field}) == {place.offset}, MESSAGE);")
+            asserts.append(f"_Static_assert(sizeof((({name} *)0)->{field}) == {place.size}, MESSAGE);")
+    source = tmp_path / "layout.c"
+    lines = ["#include <stddef.h>", '#define MESSAGE "differs"', '#include "step.c"', '#include "prompt.c"', *asserts]
+    source.write_text("\n".join(lines))
+    flags = [flag for flag in kernel.FLAGS if flag.startswith(("-std", "-march", "-fopenmp", "-D"))]
+
+    def compiles() -> bool:
+        command = ["cc", *flags, "-w", "-fsyntax-only", f"-I{kernel.NATIVE}", str(source)]
+        return subprocess.run(command, capture_output=True, timeout=100).returncode == 0
+
+    assert compiles()
+    source.write_text(source.read_text().replace(f"== {kernel.Step.max_blocks.offset},", "== 4,"))
+    assert not compiles()
+
+
 # Where it cannot be had, or not all of it.
 
 
@@ -426,6 +663,102 @@ USE = (
 USED = "torch.Size([1, 96]) True\n"
 
 
+def quick_compiler(tmp_path: Path) -> tuple[Path, Path]:
+    """A compiler that copies the kernel that is there already, and a directory with a file for each time it did."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    lines = (f"touch {runs}/$$", 'while [ "$1" != -o ]; do shift; done', f'cp {built()} "$2"')
+    return compiler(tmp_path / "cc", *lines), runs
+
+
+def path_of(library: ctypes.CDLL | None) -> str:
+    assert library is not None
+    return os.path.realpath(library._name)
+
+
+def loads(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> tuple[Path, Callable[[], ctypes.CDLL | None], Path]:
+    """The kernel's file, a function that loads it as a new process would, and a directory of past compilations."""
+    script, runs = quick_compiler(tmp_path)
+    monkeypatch.setenv("CC", str(script))
+
+    def load() -> ctypes.CDLL | None:
+        kernel.library.cache_clear()
+        return kernel.library()
+
+    assert load() is not None
+    (file,) = (cache / "kernel").iterdir()
+    assert len(list(runs.iterdir())) == 1
+    return file, load, runs
+
+
+def test_a_kernel_is_compiled_once_into_a_directory_of_this_user_alone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = os.umask(0o002)
+    try:
+        file, load, runs = loads(cache, monkeypatch, tmp_path)
+    finally:
+        os.umask(before)
+
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (cache, file.parent, file)] == [0o700, 0o700, 0o600]
+    assert path_of(load()) == str(file)
+    assert len(list(runs.iterdir())) == 1
+
+
+def test_a_kernel_that_others_could_have_changed_is_compiled_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, load, runs = loads(cache, monkeypatch, tmp_path)
+    file.write_bytes(b"of somebody else")
+    file.chmod(0o666)
+
+    assert path_of(load()) == str(file)
+
+    assert len(list(runs.iterdir())) == 2
+    assert file.read_bytes() == built().read_bytes()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_link_in_place_of_a_kernel_is_not_followed(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, load, runs = loads(cache, monkeypatch, tmp_path)
+    elsewhere = tmp_path / "elsewhere.so"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+
+    assert path_of(load()) == str(file)
+
+    assert not file.is_symlink()
+    assert len(list(runs.iterdir())) == 2
+
+
+@pytest.mark.parametrize("how", ["others can write to it", "it is a link"])
+def test_from_a_directory_that_others_could_have_changed_nothing_is_loaded(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    file, load, runs = loads(cache, monkeypatch, tmp_path)
+    content = file.read_bytes()
+    if how == "it is a link":
+        file.parent.rename(tmp_path / "elsewhere")
+        file.parent.symlink_to(tmp_path / "elsewhere")
+    else:
+        file.parent.chmod(0o777)
+
+    loaded = path_of(load())
+
+    assert not loaded.startswith(str(cache))
+    assert not Path(loaded.removesuffix(" (deleted)")).exists(), "the temporary directory is removed"
+    assert len(list(runs.iterdir())) == 2
+    assert list(file.parent.iterdir()) == [file]
+    assert file.read_bytes() == content
+    assert f"{file.parent} " in caplog.text
+    assert "chmod go-w" in caplog.text or "delete it" in caplog.text
+    assert "compiled at every start" in caplog.text
+
+
 def test_processes_that_start_at_once_all_get_a_whole_kernel(cache: Path, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     ready.mkdir()
@@ -454,6 +787,6 @@ def built() -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("SERVE_CACHE")
         kernel.library.cache_clear()
-        path = Path(kernel.loaded()._name)
+        path = Path(kernel.loaded()._name).resolve()
         kernel.library.cache_clear()
     return path

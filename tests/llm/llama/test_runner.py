@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 from llm.batching_engine import BatchingEngine
 from llm.checkpoint import Checkpoint, load_checkpoint
 from llm.engine import EngineState, Request
-from llm.errors import EngineDead, EngineRestarted, GenerationFailed, LLMError, OutOfDeviceMemory
+from llm.errors import EngineDead, EngineRestarted, GenerationFailed, LLMError, ModelError, OutOfDeviceMemory
 from llm.generation import Chunk, Generation
+from llm.llama import runner
 from llm.llama.blocks import BLOCK
+from llm.llama.matrix import PackedMatrix
 from llm.llama.model import Llama
 from llm.llama.runner import PREFILL_CHUNK, LlamaRunner, LlamaSequence
 from llm.llama.weights import Weights, take_weights
@@ -547,3 +549,64 @@ def test_after_a_failure_of_the_loop_memory_is_empty_and_the_engine_goes_on(
     assert again.token_ids == generate(prompt, NUM_TOKENS)
     assert small.engine.health().restarts == 1
     small.assert_idle()
+
+
+# Loading while others load.
+
+
+def in_bfloat16(change: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Another thread sets torch's default dtype in the first loads, as many as `change`. Counts all loads."""
+    loads: list[int] = []
+
+    def load(files: ModelFiles, **options: Any) -> Any:
+        model: Any = load_weights(files, **options)
+        loads.append(1)
+        if len(loads) <= change:
+            model.model.layers[0].mlp.down_proj.to(torch.bfloat16)
+        return model
+
+    monkeypatch.setattr(runner, "load_weights", load)
+    return loads
+
+
+def test_a_model_that_loaded_in_another_threads_dtype_is_loaded_again(
+    tiny_llama3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = in_bfloat16(2, monkeypatch)
+
+    made = LlamaRunner.load(ModelFiles("tiny", tiny_llama3), device="cpu", dtype="float32", quantize="none")
+
+    assert len(loads) == 3
+    assert made._model.weights.dtype == torch.float32
+    made.close()
+
+
+def test_a_model_that_never_loads_in_its_own_dtype_is_refused(
+    tiny_llama3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_bfloat16(99, monkeypatch)
+
+    with pytest.raises(ModelError, match="default dtype was changed in each of 3 attempts"):
+        LlamaRunner.load(ModelFiles("tiny", tiny_llama3), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_at_load_does_not_show(tiny_llama3: Path, dtype: torch.dtype) -> None:
+    def loaded_weights() -> list[torch.Tensor]:
+        made = LlamaRunner.load(ModelFiles("tiny", tiny_llama3), device="cpu", quantize="none", max_context=64)
+        weights = made._model.weights
+        layer = weights.layers[0]
+        matrices = [part.matrix for part in (layer.qkv, layer.down, weights.head)]
+        packed = [matrix.weights if isinstance(matrix, PackedMatrix) else matrix for matrix in matrices]
+        return [weights.embedding, weights.cosines, weights.sines, weights.norm, layer.mlp_norm, *packed]
+
+    expected = loaded_weights()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = loaded_weights()
+    finally:
+        torch.set_default_dtype(usual)
+
+    assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in expected]
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))

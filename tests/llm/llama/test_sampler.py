@@ -366,3 +366,23 @@ def test_a_seed_gives_the_same_tokens_on_the_gpu() -> None:
             assert (ours.logprob is None) == (theirs.logprob is None)
             if ours.logprob is not None and theirs.logprob is not None:
                 assert ours.logprob.logprob == pytest.approx(theirs.logprob.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_and_device_do_not_show(dtype: torch.dtype) -> None:
+    """Penalties were rounded to bfloat16, or failed in float64."""
+    logits = torch.stack([some_logits(seed) for seed in range(len(VARIETY))])
+    prompts = [list(range(seed, VOCABULARY, 3)) for seed in range(len(VARIETY))]
+
+    def drawn() -> list[Token | GenerationFailed]:
+        samplers = [Sampler(sampling, prompt) for sampling, prompt in zip(VARIETY, prompts, strict=True)]
+        return [token for _ in range(3) for token in sample(logits, samplers)]
+
+    expected = drawn()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert drawn() == expected
+    finally:
+        torch.set_default_dtype(usual)
