@@ -8,6 +8,7 @@ import asyncio
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -99,6 +100,7 @@ async def serve(script: str, *, is_hidden: bool) -> None:
         found = await FileReader().read(json.dumps(targets._asdict()).encode())
         other.kill()
     secret = (folder / "keys").read_text() if (folder / "keys").exists() else "gone"
+    shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps({"uid": os.geteuid(), "reached": json.loads(found.text), "signals": signalled, "key": secret}))
 
 
