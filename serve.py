@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import uvicorn
 
 from chains import build_chains
+from chains.documents import languages
 from chains.documents.files import protect
 from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine
 from llm.engine import Engine, EngineState
@@ -91,6 +92,7 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
     """What `run` does, when all goes well."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
+    languages.load()
     app = create_app(settings, chains=build_chains(model), check=model.check, engine=engine)
     config = uvicorn.Config(
         app,

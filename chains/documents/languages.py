@@ -341,6 +341,17 @@ def _second_opinion(prose: str) -> "langcodes.Language | None":
     return _parsed(code) if is_reliable and percent >= MIN_PERCENT and code != "un" else None
 
 
+def load() -> None:
+    """Load what is needed to find and detect languages. It holds the interpreter's lock for a second, which is better
+    done before anybody waits; without this, the first request does it."""
+    find_language("English")
+    _well_known()
+    _knowable()
+    detect("This is a sentence in English that is long enough for its language to be known.")
+    with _building:
+        _detector()
+
+
 @cache
 def _detector() -> "lingua.LanguageDetector":
     from lingua import LanguageDetectorBuilder
