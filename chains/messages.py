@@ -1,5 +1,6 @@
 """Messages as callers may write them, made into LangChain's: its own `type`, OpenAI's `role`, and pairs."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -51,8 +52,8 @@ def _role(message: Mapping[Any, Any]) -> str:
     names = [message[key] for key in ("type", "role") if message.get(key) is not None and message[key] != "chat"]
     roles = {ROLES.get(name) if isinstance(name, str) else None for name in names}
     if None in roles or len(roles) != 1:
-        shown = ", ".join(map(repr, names)) or "none"
-        raise ValueError(f"the role of a message is user (human), assistant (ai), system or tool; got {shown}")
+        got = ", ".join(map(_short, names)) or "none"
+        raise ValueError(f"the role of a message is user (human), assistant (ai), system or tool; got {got}")
     return str(roles.pop())
 
 
@@ -70,7 +71,14 @@ def _block_text(block: object) -> str:
     if isinstance(block, Mapping) and block.get("type") == "text" and isinstance(block.get("text"), str):
         return str(block["text"])
     kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
-    raise ValueError(f"only text blocks are supported in the content of a message; got {kind!r}")
+    raise ValueError(f"only text blocks are supported in the content of a message; got {_short(kind)}")
+
+
+def _short(value: object) -> str:
+    """A caller's value as an error message quotes it: callers may send megabytes."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 80
+    return brief.repr(value)
 
 
 Message = Annotated[

@@ -81,3 +81,13 @@ def test_a_message_may_be_written_in_many_ways(written: Any, message: Any) -> No
 def test_what_is_no_message_is_refused_with_a_reason(written: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse_message(written)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{"role": "x" * 10_000, "content": "Hi!"}, {"role": "user", "content": [{"type": "x" * 10_000}]}],
+)
+def test_an_error_quotes_little_of_a_long_value(message: Any) -> None:
+    with pytest.raises(ValueError, match="got 'xxx") as caught:
+        parse_message(message)
+    assert len(str(caught.value)) < 300
