@@ -188,6 +188,10 @@ def test_what_is_held_back_is_the_longest_end_that_may_become_a_stop_string(
 
 
 HOSTILE_STOPS: dict[str, Callable[[int], tuple[str, list[str]]]] = {
+    "one that holds all back, and others that never fit what is held": lambda n: (
+        "a" * n,
+        ["a" * n + "x", *["ba" * n + "🙂"] * 7],
+    ),
     "a text that nearly is a stop string, again and again": lambda n: ("ba" * n, ["ba" * n + "x"] * 8),
     "a stop string of one character": lambda n: ("a" * n, ["a" * n + "x"] * 8),
     "a stop string that fails late and falls back step by step": lambda n: (
