@@ -83,7 +83,7 @@ def _return_memory() -> None:
         return
     import torch
 
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return
     try:
         torch.cuda.empty_cache()

@@ -357,11 +357,11 @@ def test_the_default_dtype_may_change_at_any_time(usual_dtype: None) -> None:
 
 def test_the_default_device_does_not_show() -> None:
     llama = on_kernel(tiny(), KINDS["int4 and bfloat16"], 4)
-    usual = prompt_and_steps(llama)
+    usual, ids = prompt_and_steps(llama), random_ids(20)
 
     with torch.device("meta"):
         llama.decode([1], [0], [[0]])
-        read(llama, random_ids(20), table(20))
+        read(llama, ids, table(20))
         llama._kernel = kernel.Kernel(llama.weights, llama._keys, llama._values)
 
     for got, expected in zip(prompt_and_steps(llama), usual, strict=True):
