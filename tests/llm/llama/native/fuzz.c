@@ -3,9 +3,10 @@
    Every buffer has exactly the size that `kernel.py` gives it, and lies either on the heap, where AddressSanitizer
    watches its ends, or against a page that cannot be accessed, at its end or at its beginning.
 
-       fuzz run SEED COUNT               prints a line and returns 0 if all COUNT models were computed right
-       fuzz sizes THREADS ROWS START MAX_BLOCKS HIDDEN HEADS KV_HEADS HEAD_DIM INTERMEDIATE
-                                         prints how many floats a step's and a prompt's buffers have
+       fuzz run SEED COUNT
+
+   prints a line and returns 0 if all COUNT models were computed right. The sizes are written down here once more; that
+   `kernel.py` itself has them right shows when its tests run over a sanitized kernel.
 
    Compiled as one unit with the kernel, whose structs and constants it takes from there. */
 
@@ -31,7 +32,9 @@ static uint64_t next(void) { /* xorshift64* */
     return state * 0x2545F4914F6CDD1DULL;
 }
 
-static int64_t between(int64_t least, int64_t most) { return least + (int64_t)((next() >> 16) % (uint64_t)(most - least + 1)); }
+static int64_t between(int64_t least, int64_t most) {
+    return least + (int64_t)((next() >> 16) % (uint64_t)(most - least + 1));
+}
 
 static int one_in(int64_t n) { return between(1, n) == 1; }
 
@@ -268,7 +271,8 @@ REFERENCE void forward(const Model *m, const Weights *layers, const Matrix *head
                 for (int64_t s = 0; s <= t; s++) {
                     const double weight = exp(scores[s] - most);
                     sum += weight;
-                    for (int64_t i = 0; i < size; i++) mixed[h * size + i] += weight * layer_values[s * narrow + at + i];
+                    const double *value = layer_values + s * narrow + at;
+                    for (int64_t i = 0; i < size; i++) mixed[h * size + i] += weight * value[i];
                 }
                 for (int64_t i = 0; i < size; i++) mixed[h * size + i] /= sum;
             }
@@ -332,8 +336,7 @@ static void prefill_in_chunks(const Model *m, Sequence *sequence) {
     }
 }
 
-static void decode_all(const Model *m, const Sequence *sequences, int64_t count, int64_t number, int64_t num_steps,
-                       double tolerance) {
+static void decode_all(const Model *m, const Sequence *sequences, int64_t count, int64_t number, double tolerance) {
     const int before = num_taken;
     const int64_t threads = between(1, 4), vocabulary = m->head.outputs;
     int32_t *positions = take(count * 4);
@@ -362,7 +365,6 @@ static void decode_all(const Model *m, const Sequence *sequences, int64_t count,
         for (int64_t i = 0; i < vocabulary; i++)
             compare("logit", i, logits[row * vocabulary + i], expected[i], most, tolerance);
     }
-    (void)num_steps;
     release(before);
 }
 
@@ -483,8 +485,7 @@ static void run_model(uint64_t seed) {
                 sequence->values, sequence->logits);
         prefill_in_chunks(&m, sequence);
     }
-    for (int64_t number = 0; number < num_steps; number++)
-        decode_all(&m, sequences, count, number, num_steps, tolerance);
+    for (int64_t number = 0; number < num_steps; number++) decode_all(&m, sequences, count, number, tolerance);
     compare_memory(&m, sequences, count, num_blocks, tolerance);
     if (num_wrong)
         fprintf(stderr,
@@ -493,9 +494,8 @@ static void run_model(uint64_t seed) {
                 (unsigned long long)seed, (long long)m.num_layers, (long long)m.hidden, (long long)m.heads,
                 (long long)m.kv_heads, (long long)m.head_dim, (long long)m.intermediate, (long long)vocabulary, kind,
                 (long long)m.kv_kind, (long long)count);
-    for (int64_t s = 0; s < count; s++) {
+    for (int64_t s = 0; s < count; s++)
         free(sequences[s].embeddings), free(sequences[s].keys), free(sequences[s].values), free(sequences[s].logits);
-    }
     free(order), free(sequences);
     release(0);
 }
@@ -508,18 +508,6 @@ int main(int count, char **arguments) {
         printf("%llu models computed right, relative error up to %.1e\n", (unsigned long long)models, furthest);
         return 0;
     }
-    if (count == 11 && !strcmp(arguments[1], "sizes")) {
-        int64_t n[9];
-        for (int i = 0; i < 9; i++) n[i] = strtoll(arguments[2 + i], NULL, 10);
-        const Model m = {.hidden = n[4], .heads = n[5], .kv_heads = n[6], .head_dim = n[7], .intermediate = n[8]};
-        const StepSizes step = step_sizes(&m, n[0], n[1], n[3]);
-        const PromptSizes prompt = prompt_sizes(&m, n[0], n[1]);
-        printf("%lld %lld %lld %lld %lld\n", (long long)step.normed, (long long)step.qkv, (long long)step.partial,
-               (long long)step.mixed, (long long)step.mlp);
-        printf("%lld %lld %lld %lld\n", (long long)prompt.qkv, (long long)prompt.input, (long long)prompt.mlp,
-               (long long)prompt.panels);
-        return 0;
-    }
-    fprintf(stderr, "usage: fuzz run SEED COUNT | fuzz sizes ...\n");
+    fprintf(stderr, "usage: fuzz run SEED COUNT\n");
     return 2;
 }
