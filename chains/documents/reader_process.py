@@ -32,6 +32,8 @@ LOST = -signal.SIGKILL
 """The exit code of a process whose server has died, which kills it, or could not fork it."""
 KILL_TIMEOUT_S = 5.0
 """How long a server may take to kill a process. Then the server is killed, and so are all its processes."""
+CLOSE_TIMEOUT_S = 1.0
+"""How long a server that is closed may take to end, before it is killed."""
 BUSY_S = 0.01
 """How long to wait before the next attempt to hand a request to a server that has too many to take."""
 
@@ -90,10 +92,14 @@ class ReaderServer:
                 self._retire(self._running)
 
     def close(self) -> None:
-        """Retire the server, and wait until it has ended, with those that were retired before."""
+        """End the server, with those that were retired before. Whatever they still read is lost."""
         self.retire()
         for process in self._retired:
-            process.wait()
+            try:
+                process.wait(CLOSE_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     @asynccontextmanager
     async def _forked(self, limits: str) -> AsyncIterator[ReaderProcess]:

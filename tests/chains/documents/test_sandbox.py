@@ -46,7 +46,7 @@ SECRETS = {
     *("open key file", "open .env", "open own environ", "open /etc/passwd", "list /", "create a file"),
     *("TCP connect", "UDP send", "Unix socket", "abstract socket", "TCP listen", "bpf", "io_uring", "memfd_create"),
     *(f"{who}: {act}" for who in PROCESSES for act in ("ptrace", "process_vm_readv", "open environ")),
-    *(f"{who}: {act}" for who in PROCESSES for act in ("open mem", "open maps", "list fd", "kill 0")),
+    *(f"{who}: {act}" for who in PROCESSES for act in ("open mem", "open maps", "list fd")),
     "parent: open fd/0",  # that of the others is a socket, which nobody can open
 }
 
