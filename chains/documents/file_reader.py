@@ -1,12 +1,15 @@
-"""The process that reads one file and ends: content on stdin, its limits as an argument, JSON on stdout.
+"""The process that reads one file and ends: content on stdin, JSON on stdout.
 
-`files.py` starts it as a script. It enters its sandbox before it looks at the first byte of what it was given.
+`reader_process.py` starts it as a script: with "serve", as a server that loads everything once and forks a process for
+each file; where it can't fork, for one file, with its limits as the argument. Whatever reads a file enters its sandbox
+before it looks at the first byte of what it was given.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -34,6 +37,7 @@ def find_modules() -> None:
 def load() -> None:
     """Import whatever reading may need: in the sandbox no file can be opened."""
     import encodings
+    import pwd  # noqa: F401
 
     import charset_normalizer  # noqa: F401
     import orjson  # noqa: F401
@@ -78,26 +82,48 @@ def send(said: bytes) -> None:
         left = left[os.write(1, left) :]
 
 
-def main(argument: str) -> None:
-    """Read the file on stdin within the limits that the argument tells; for "protections", say which are in effect."""
-    find_modules()
-    from chains.documents import sandbox
-
-    sandbox.lower_priority()
-    if argument == "protections":
-        protections = sandbox.enter(max_memory=2**30, cpu_s=5)
-        send(json.dumps(asdict(protections)).encode())
-        return
-    limits = json.loads(argument)
-    load()
+def read_file(argument: str) -> None:
+    """Read the file on stdin within the limits that the argument gives, and write its text to stdout."""
     import orjson
 
+    from chains.documents import sandbox
+
+    limits = json.loads(argument)
+    sandbox.lower_priority()
     sandbox.hide_memory()
     sandbox.enter(max_memory=limits["max_memory"], cpu_s=limits.pop("granted_cpu_s"))
     began_s = time.process_time()
     result = answer(receive(), limits)
     said = orjson.dumps({"result": result, "cpu_s": time.process_time() - began_s})
     send(said)
+
+
+def serve() -> None:
+    """Fork a process for each file that the service sends through the socket that is stdin."""
+    from chains.documents import sandbox
+    from chains.documents.fork_server import ForkServer
+
+    # At the service's priority, as it also has to kill what takes too long.
+    sandbox.hide_memory()
+    load()
+    ForkServer(socket.socket(fileno=0), read_file).run()
+
+
+def main(argument: str) -> None:
+    """Read files ("serve"), print which protections are in effect ("protections"), or read one file within limits."""
+    find_modules()
+    from chains.documents import sandbox
+
+    if argument == "serve":
+        serve()
+        return
+    sandbox.lower_priority()
+    if argument == "protections":
+        protections = sandbox.enter(max_memory=2**30, cpu_s=5)
+        send(json.dumps(asdict(protections)).encode())
+        return
+    load()
+    read_file(argument)
 
 
 if __name__ == "__main__":

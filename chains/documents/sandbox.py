@@ -1,6 +1,7 @@
 """What the process that reads files gives up before it looks at a file: priority, user, files, network, system calls.
 
-Standard library only, and knows no format. `file_reader.py` calls it in this order: `lower_priority`, imports, `enter`.
+Standard library only, and knows no format. `file_reader.py` calls `lower_priority` and then, with everything imported,
+`enter`.
 Each protection is used where the kernel has it; `enter` returns those that are in effect.
 """
 
@@ -19,6 +20,8 @@ from pathlib import Path
 
 NICE = 10
 """Against the engine's threads a reader gets a tenth of the processor, and so it still ends where they never rest."""
+MAX_DESCRIPTORS = 1024
+"""The descriptors of a reader, and of the server that forks it, are below this number."""
 CAP_KILL = 5
 """https://man7.org/linux/man-pages/man7/capabilities.7.html"""
 CAPABILITY_VERSION = 0x20080522
@@ -180,7 +183,7 @@ def enter(*, max_memory: int, cpu_s: float) -> Protections:
         max_memory: Bytes of address space.
         cpu_s: CPU seconds from now on, rounded up.
     """
-    os.closerange(3, 1024)
+    os.closerange(3, MAX_DESCRIPTORS)
     limit_resources(max_memory, cpu_s)
     own_user = become_user_of_its_own()
     if sys.platform == "linux":
@@ -236,7 +239,10 @@ def become_user_of_its_own() -> bool:
 
 
 def can_end_others() -> bool:
-    """Tell whether root may end another user's process. The server has as much, and has to be able to end this one."""
+    """Tell whether root may end another user's process.
+
+    The process that forked or started this one has as much, and has to be able to end it.
+    """
     if sys.platform != "linux":
         return True
     _, _, after = Path("/proc/self/status").read_text().partition("CapEff:")

@@ -161,12 +161,12 @@ def test_there_is_one_thing_to_summarize(scripted_server: Server, given: dict[st
 
 
 def readers(server: Server) -> list[psutil.Process]:
-    """The processes that read files for a server."""
-    found = []
-    for child in psutil.Process(server.process.pid).children(recursive=True):
+    """The processes that read files for a server: each was forked by the one that serves them."""
+    found: list[psutil.Process] = []
+    for child in psutil.Process(server.process.pid).children():
         with suppress(psutil.NoSuchProcess):
             if any("file_reader" in part for part in child.cmdline()):
-                found.append(child)
+                found += child.children()
     return found
 
 

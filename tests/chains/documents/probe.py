@@ -27,9 +27,10 @@ Attempt = Callable[[], object]
 
 
 class Targets(NamedTuple):
-    """What there is to be reached: of the server (`parent`), another tenant's reader, and the machine."""
+    """What there is to be reached: the service (`parent`), its reader server, another tenant's reader, the machine."""
 
     parent: int
+    reader_server: int
     other_reader: int
     key_file: str
     environment_file: str
@@ -49,7 +50,7 @@ def start(reader: str, without: Sequence[str]) -> None:
     for name in without:
         setattr(sandbox, name, lambda **_: 0)
     names = found["main"].__globals__
-    names["load"] = lambda: None  # reading takes it, and the probe does not
+    names["load"] = load
 
     def answer(content: bytes, _limits: dict[str, Any]) -> dict[str, Any]:
         if not content:  # the reader of the other tenant
@@ -60,6 +61,20 @@ def start(reader: str, without: Sequence[str]) -> None:
     names["answer"] = answer
     found["main"](sys.argv[1])
     os._exit(0)
+
+
+def load() -> None:
+    """Import what the probe takes. An ordinary user's server then gives up the right that found Python (`ORDINARY`)."""
+    import pwd  # noqa: F401
+
+    import orjson  # noqa: F401
+
+    if os.geteuid() != 0:
+        drop_capabilities()
+
+
+def drop_capabilities() -> None:
+    libc.capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
 
 
 def reached_of(targets: Targets) -> Iterator[str]:
@@ -88,6 +103,7 @@ def call(x86: int, arm: int, *arguments: Any, also: Sequence[int] = ()) -> Attem
 
 def attempts(targets: Targets) -> Iterator[tuple[str, Attempt]]:
     yield from of_processes("parent", targets.parent)
+    yield from of_processes("reader server", targets.reader_server)
     yield from of_processes("other reader", targets.other_reader)
     yield from of_files(targets)
     yield from of_network(targets)
@@ -113,7 +129,7 @@ def of_processes(name: str, pid: int) -> Iterator[tuple[str, Attempt]]:
         there = struct.pack("PN", 4096, 16)
         yield f"{name}: process_vm_{act}v", call(*numbers, pid, here, 1, there, 1, 0, also=[errno.EFAULT])
     yield f"{name}: kill 0", lambda: os.kill(pid, 0)
-    if name == "parent":
+    if name != "other reader":
         yield f"{name}: SIGTERM", lambda: os.kill(pid, signal.SIGTERM)
         yield f"{name}: SIGTERM by tgkill", call(234, 131, pid, pid, signal.SIGTERM)
     yield f"{name}: setpriority", lambda: os.setpriority(os.PRIO_PROCESS, pid, 19)
@@ -153,9 +169,29 @@ def of_files(targets: Targets) -> Iterator[tuple[str, Attempt]]:
     yield "memfd_create", call(319, 279, b"x", 0)
     yield "read an inherited descriptor", lambda: any_of(lambda number: os.read(number, 0), range(2, 64))
     yield "write elsewhere than to the answer", lambda: any_of(lambda number: os.write(number, b"x"), range(2, 64))
+    yield "send a request to the reader server", lambda: any_of(request, range(64))
+    yield "receive what the reader server is sent", lambda: any_of(receive_request, range(64))
     yield "duplicate a descriptor", lambda: os.dup(1)
     yield "pipe", os.pipe
     yield "ioctl", call(16, 29, 0, 0x541B, ctypes.create_string_buffer(8))  # FIONREAD
+
+
+def seqpacket(number: int) -> socket.socket:
+    """The socket to the reader server, if an inherited descriptor is one."""
+    inherited = socket.socket(fileno=number)
+    if inherited.type != socket.SOCK_SEQPACKET:
+        inherited.detach()
+        raise OSError(errno.EPROTOTYPE, os.strerror(errno.EPROTOTYPE))
+    return inherited
+
+
+def request(number: int) -> None:
+    socket.send_fds(seqpacket(number), [b"{}"], [0, 1, 1])
+
+
+def receive_request(number: int) -> None:
+    with suppress(BlockingIOError):
+        seqpacket(number).recv(1, socket.MSG_DONTWAIT)
 
 
 def any_of(act: Callable[[int], object], numbers: range) -> None:

@@ -5,23 +5,22 @@ its memory as `serve.py` does.
 """
 
 import asyncio
-import ctypes
 import json
 import os
 import shutil
 import signal
 import socket
-import struct
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import anyio
+import psutil  # type: ignore[import-untyped]
+from anyio.abc import TaskStatus
 
 # Without the package's own imports: LangChain takes long to import, and nothing here needs it.
 package = sys.modules["chains"] = ModuleType("chains")
@@ -29,37 +28,39 @@ package.__path__ = [str(Path(__file__).parent.parent.parent.parent / "chains")]
 
 from chains.documents import files  # noqa: E402
 from chains.documents.files import FileLimits, FileReader  # noqa: E402
+from chains.documents.reader_process import ReaderServer  # noqa: E402
 from chains.documents.sandbox import hide_memory  # noqa: E402
-from tests.chains.documents.probe import Targets  # noqa: E402
+from tests.chains.documents.probe import Targets, drop_capabilities  # noqa: E402
 
 
-def other_reader() -> "subprocess.Popen[bytes]":
-    """The reading process of another tenant, in its sandbox and waiting for its file."""
+def waiting_reader(server: psutil.Process) -> psutil.Process | None:
+    """The process that a reader server has forked, once it is in its sandbox and waits for its file."""
+    for child in server.children():
+        asleep = 0
+        for _ in range(2_000):
+            # It computes until it waits for its file.
+            asleep = asleep + 1 if child.status() == psutil.STATUS_SLEEPING else 0
+            if asleep == 5:
+                return child
+            time.sleep(0.01)
+    return None
+
+
+async def other_reader(server: ReaderServer, until: anyio.Event, *, task_status: TaskStatus[tuple[int, int]]) -> None:
+    """Be the reader of another tenant whose file does not come; report the reader server and its child."""
     limits = json.dumps({**asdict(FileLimits()), "granted_cpu_s": 5.0})
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-B", str(files.READER), limits],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        cwd="/",
-        env={},
-    )
-    asleep = 0
-    for _ in range(2_000):
-        # It computes until it waits for its file.
-        asleep = asleep + 1 if "State:\tS" in Path(f"/proc/{process.pid}/status").read_text() else 0
-        if asleep == 5:
-            break
-        time.sleep(0.01)
-    return process
-
-
-def drop_capabilities() -> None:
-    """An ordinary user has none; this one may have come with one, to find Python where root installed it."""
-    ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
+    async with server.process(limits):
+        while True:
+            for child in psutil.Process().children():
+                if waiting := waiting_reader(child):
+                    task_status.started((child.pid, waiting.pid))
+                    await until.wait()
+                    return
+            await anyio.sleep(0.01)
 
 
 async def serve(script: str, *, is_hidden: bool) -> None:
-    files.READER = Path(script)
+    files.SERVER = ReaderServer(Path(script))
     folder = Path(tempfile.mkdtemp())
     (folder / "keys").write_text("secret")
     (folder / ".env").write_text("SERVE_API_KEYS=secret")
@@ -74,21 +75,18 @@ async def serve(script: str, *, is_hidden: bool) -> None:
     abstract.bind(f"\0{folder.name}")
     unix.listen()
     abstract.listen()
-    with other_reader() as other:
-        opened = anyio.open_process
-
-        async def open_process(*arguments: Any, **options: Any) -> Any:
-            process = await opened(*arguments, **options)
-            if os.geteuid() != 0:
-                drop_capabilities()
-            if is_hidden:
-                hide_memory()
-            return process
-
-        anyio.open_process = open_process
+    done = anyio.Event()
+    async with anyio.create_task_group() as group:
+        reader_server, other = await group.start(partial(other_reader, files.SERVER, done))
+        # After the start of the reader server, which needs it to find Python.
+        if os.geteuid() != 0:
+            drop_capabilities()
+        if is_hidden:
+            hide_memory()
         targets = Targets(
             parent=os.getpid(),
-            other_reader=other.pid,
+            reader_server=reader_server,
+            other_reader=other,
             key_file=str(folder / "keys"),
             environment_file=str(folder / ".env"),
             folder=str(folder),
@@ -98,7 +96,7 @@ async def serve(script: str, *, is_hidden: bool) -> None:
             abstract=folder.name,
         )
         found = await FileReader().read(json.dumps(targets._asdict()).encode())
-        other.kill()
+        done.set()
     secret = (folder / "keys").read_text() if (folder / "keys").exists() else "gone"
     shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps({"uid": os.geteuid(), "reached": json.loads(found.text), "signals": signalled, "key": secret}))

@@ -24,6 +24,7 @@ USERS = {
     **({"root": "", "root without capabilities": "setpriv --bounding-set=-all --inh-caps=-all"} if IS_ROOT else {}),
     "an ordinary user": ORDINARY if IS_ROOT else "",
 }
+PROCESSES = ("parent", "reader server", "other reader")
 LEFT_BY_LANDLOCK = {
     *("add_key", "keyctl", "another Landlock ruleset", "be dumpable", "chdir", "chmod", "chroot", "personality"),
     *("clock of another process", "clone3", "fork", "thread", "ignore the CPU limit", "interval timer", "timer"),
@@ -32,20 +33,21 @@ LEFT_BY_LANDLOCK = {
     *("read an inherited descriptor", "write elsewhere than to the answer"),  # /dev/null, its stderr
     *(f"{call} {file}" for call in ("stat", "statx") for file in ("/dev/null", "/etc/passwd", "own environ")),
     *(f"{call} {file}" for call in ("stat", "statx") for file in ("key file", ".env")),
-    *(f"{who}: {act}" for who in ("parent", "other reader") for act in ("affinity", "limits", "setpriority")),
-    *(f"{who}: process_madvise" for who in ("parent", "other reader")),
+    *(f"{who}: {act}" for who in PROCESSES for act in ("affinity", "limits", "setpriority")),
+    *(f"{who}: process_madvise" for who in PROCESSES),
 }
 """What a kernel without seccomp allows, if it has Landlock: no content, no socket, no signal."""
 LEFT_BY_LIMITS = LEFT_BY_LANDLOCK | {
     *("exec", "execveat", "link", "make a folder", "rename", "truncate", "unlink"),
-    *("parent: kill 0", "parent: SIGTERM", "parent: SIGTERM by tgkill", "other reader: kill 0"),
+    *(f"{who}: {act}" for who in PROCESSES for act in ("kill 0", "SIGTERM", "SIGTERM by tgkill")),
 }
 """What a kernel with neither allows: still no file's content and no socket, as no descriptor can be made."""
 SECRETS = {
     *("open key file", "open .env", "open own environ", "open /etc/passwd", "list /", "create a file"),
     *("TCP connect", "UDP send", "Unix socket", "abstract socket", "TCP listen", "bpf", "io_uring", "memfd_create"),
-    *(f"{who}: {act}" for who in ("parent", "other reader") for act in ("ptrace", "process_vm_readv", "open environ")),
-    *(f"{who}: open {file}" for who in ("parent", "other reader") for file in ("mem", "maps", "fd/0")),
+    *(f"{who}: {act}" for who in PROCESSES for act in ("ptrace", "process_vm_readv", "open environ")),
+    *(f"{who}: {act}" for who in PROCESSES for act in ("open mem", "open maps", "list fd")),
+    "parent: open fd/0",  # that of the others is a socket, which nobody can open
 }
 
 
