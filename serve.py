@@ -94,6 +94,7 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
     model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
     languages.load()
     app = create_app(settings, chains=build_chains(model), check=model.check, engine=engine)
+    app.openapi()  # takes half a second of the event loop's time when it is first asked for
     config = uvicorn.Config(
         app,
         http=timed_protocol(settings.idle_timeout_s, settings.max_connections),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
+from chains.cancellable import checkpoint
 from chains.documents.cutting import cut
 from chains.documents.inline import has_words
 from chains.documents.markup import Part, parts
@@ -69,6 +70,7 @@ def _alone(text: str, *, budget: int, count: Count) -> Iterator[Segment]:
     heads: list[str] = []
     leads: list[str] = []
     for part in parts(text):
+        checkpoint()
         pieces = [] if part.is_fixed else [*_Piece.of(part, budget=budget, count=count)]
         if not pieces:
             heads.append(part.text)

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from llm.answering import acomplete, astream, build_request, complete, generation_info, stream
 from llm.checkpoint import Checkpoint
 from llm.engine import Request, check_limits
-from llm.errors import EngineError
+from llm.errors import ContextOverflow, EngineError, InvalidMessage
 from llm.generation import Chunk, Usage
 from llm.llama3_llm import LLaMA3_LLM
 from llm.prompt import count, count_shared, encode, encode_text
@@ -134,6 +134,7 @@ class ChatLLaMA3(BaseChatModel):
         given = {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
         sampling = Sampling.of({**defaults, **set_on_llm, **options_of(self), **given})
         timeout_s = llm.timeout if self.timeout is None else self.timeout
+        _refuse_far_too_long(messages, checkpoint)
         ids = encode(checkpoint.tokenizer, messages)
         num_shared = count_shared(checkpoint.tokenizer, messages, ids)
         return build_request(ids, sampling, timeout_s=timeout_s, num_shared=num_shared)
@@ -216,3 +217,29 @@ def _usage_metadata(usage: Usage | None) -> UsageMetadata | None:
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
     )
+
+
+def _refuse_far_too_long(messages: Sequence[BaseMessage], checkpoint: Checkpoint) -> None:
+    """Raise `ContextOverflow` for a prompt that is many times as long as the context, without encoding all of it.
+
+    Encoding a prompt cannot be interrupted, and of a megabyte it takes a second. So the beginning is counted first, a
+    window at a time. Windows cut words in two, which makes a few tokens more of them; that is allowed for.
+    """
+    num_tokens = num_windows = 0
+    if sum(len(message.text) for message in messages) <= WINDOW:
+        return
+    for index, message in enumerate(messages):
+        for start in range(0, len(message.text), WINDOW):
+            try:
+                num_tokens += len(encode_text(checkpoint.tokenizer, message.text[start : start + WINDOW]))
+            except InvalidMessage as error:
+                raise InvalidMessage(f"messages[{index}].content", str(error)) from None
+            num_windows += 1
+            if num_tokens > checkpoint.context + num_windows * CUT_TOKENS:
+                raise ContextOverflow(prompt=num_tokens, context=checkpoint.context, is_whole=False)
+
+
+WINDOW = 32_768
+"""Characters that are counted at once."""
+CUT_TOKENS = 16
+"""Tokens that cutting a text may add."""

@@ -99,9 +99,18 @@ class InvalidMessage(LLMError, ValueError):
 class ContextOverflow(LLMError, ContextOverflowError):
     """Prompt and answer do not fit the context. Sizes are tokens."""
 
-    def __init__(self, *, prompt: int, context: int, max_tokens: int | None = None) -> None:
+    def __init__(self, *, prompt: int, context: int, max_tokens: int | None = None, is_whole: bool = True) -> None:
+        """Say how much is too much.
+
+        Args:
+            prompt: Tokens of the prompt, or of as much of it as was counted.
+            context: Tokens of the context.
+            max_tokens: Tokens that the answer may have.
+            is_whole: Whether the whole prompt was counted.
+        """
         if max_tokens is None:
-            message = f"the prompt has {prompt} tokens; the context holds {context}, the answer included"
+            has = "has" if is_whole else "has more than"
+            message = f"the prompt {has} {prompt} tokens; the context holds {context}, the answer included"
         else:
             message = (
                 f"the prompt has {prompt} tokens and max_tokens asks for {max_tokens} more; the context holds {context}"

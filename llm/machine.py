@@ -12,10 +12,13 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
+MAX_DIGITS = 30
+"""Of a number in a control file. The kernel's have 20 at most."""
 _USUAL = Path("sys/fs/cgroup")
 """Where cgroups are mounted on nearly every system. Used where mountinfo names no directory that exists (gVisor)."""
 
@@ -71,7 +74,7 @@ def _quota_v1(group: Path) -> float:
 
 
 def _ratio(quota: str, period: str) -> float:
-    if not quota.isdecimal() or not period.isdecimal() or not int(period):
+    if not (_is_number(quota) and _is_number(period) and int(period)):
         return math.inf
     return int(quota) / int(period)
 
@@ -94,14 +97,19 @@ def _left(limit: float, used: Path, group: Path, reclaimable: str) -> float:
     counters = {line[0]: line[1] for line in lines if len(line) == 2}
     # The page cache counts as used; the kernel frees what of it is inactive before it refuses memory.
     cached = counters.get(reclaimable, "0")
-    in_use = _bytes(used) - (int(cached) if cached.isdecimal() else 0)
+    in_use = _bytes(used) - (int(cached) if _is_number(cached) else 0)
     return limit if in_use == math.inf else max(0, limit - max(0, in_use))
 
 
 def _bytes(file: Path) -> float:
     """The number in a file; infinite for "max", and where there is no file: the root group has none."""
     content = _text(file)
-    return int(content) if content.isdecimal() else math.inf
+    return int(content) if _is_number(content) else math.inf
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number of a size that a kernel writes."""
+    return text.isdecimal() and len(text) <= MAX_DIGITS
 
 
 def _text(file: Path) -> str:
@@ -149,8 +157,9 @@ def _upwards(mount: _Mount, own: PurePosixPath) -> Iterator[Path]:
     below = own.relative_to(mount.top) if own.is_relative_to(mount.top) else PurePosixPath()
     inside = PurePosixPath(*(part for part in below.parts if part not in ("..", "/")))
     for path in (inside, *inside.parents):
-        if (directory := mount.point / path).is_dir():
-            yield directory
+        with suppress(OSError):  # a name that is too long, say
+            if (directory := mount.point / path).is_dir():
+                yield directory
 
 
 def _memberships(root: Path) -> Iterator[tuple[bool, str, PurePosixPath]]:

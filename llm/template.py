@@ -33,6 +33,8 @@ MAX_GROWTH = 10
 """A prompt may have `MAX_CHARS`, or this many times as many characters as the conversation if that is more."""
 MAX_WORKERS = 2
 _LENGTH_BYTES = 8
+_MAX_KIND = 64
+"""Bytes of an answer besides its text."""
 _LAST_S = 5.0
 """Seconds for a process to end that has closed its output."""
 
@@ -87,7 +89,7 @@ class TemplateRenderer:
     def _ask(self, request: bytes, max_chars: int) -> tuple[str, str]:
         worker = self._take()
         try:
-            answer = worker.ask(request, max_bytes=4 * max_chars)
+            answer = worker.ask(request, max_bytes=4 * max_chars + _MAX_KIND)
         except TimeoutError:
             worker.close()
             return "no answer", ""
@@ -179,6 +181,7 @@ class _Worker:
         self._socket.sendall(len(request).to_bytes(_LENGTH_BYTES) + request)
         length = int.from_bytes(self._receive(_LENGTH_BYTES, deadline))
         if length > max_bytes:
+            self._process.kill()
             raise EOFError("an answer that no worker of ours gives")
         kind, _, text = self._receive(length, deadline).decode().partition("\n")
         return kind, text

@@ -83,7 +83,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
     metrics = Metrics(engine, admission)
     preparation = Preparation()
     bodies = BodyReader(
-        max_total=settings.max_body_total,
+        max_total=settings.body_total,
         timeout_s=settings.body_timeout_s,
         idle_timeout_s=settings.idle_timeout_s,
         min_rate=settings.min_body_rate,

@@ -229,13 +229,14 @@ class Settings(BaseSettings):
         "4194304,chat=1048576,summarize=33554432,brief=33554432"
     )
     max_body_total: Annotated[
-        int,
+        int | None,
         Field(
             ge=1,
-            description="Bytes of all request bodies together, from their first byte to the end of their request; one "
-            "key, or one address where there are no keys, may have half.",
+            description="Bytes of memory of all request bodies together, from their first byte to the end of their "
+            "request; one key, or one address where there are no keys, may have half. Eight times the largest body if "
+            "not set.",
         ),
-    ] = 268435456
+    ] = None
     max_file: Annotated[PerChain, _numbers(int), Field(description="Bytes of an uploaded file, per chain.")] = (
         "20971520"
     )
@@ -329,14 +330,23 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_body_total(self) -> Self:
-        general, chains = parse_per_chain(int, self.max_body)
-        largest = max(general, *chains.values()) if chains else general
-        if self.max_body_total < 2 * largest:
+        if self.max_body_total is not None and self.max_body_total < self._least_body_total:
             raise ValueError(
-                f"SERVE_MAX_BODY_TOTAL (--max-body-total): at least {2 * largest}, twice the largest body of "
-                f"SERVE_MAX_BODY, got {self.max_body_total}"
+                f"SERVE_MAX_BODY_TOTAL (--max-body-total): at least {self._least_body_total}, eight times the largest "
+                f"body of SERVE_MAX_BODY, got {self.max_body_total}"
             )
         return self
+
+    @property
+    def body_total(self) -> int:
+        """Bytes that all request bodies may have together."""
+        return self.max_body_total or self._least_body_total
+
+    @property
+    def _least_body_total(self) -> int:
+        # One tenant has half of it, and a text takes up to four times as many bytes in memory as in UTF-8.
+        general, chains = parse_per_chain(int, self.max_body)
+        return 8 * max(general, *chains.values())
 
     def limits(self, chain: str) -> Limits:
         """What one request to a chain may ask for."""

@@ -94,8 +94,11 @@ def read_file(argument: str) -> None:
     sandbox.enter(max_memory=limits["max_memory"], cpu_s=limits.pop("granted_cpu_s"))
     began_s = time.process_time()
     result = answer(receive(), limits)
-    said = orjson.dumps({"result": result, "cpu_s": time.process_time() - began_s})
-    send(said)
+    text = getattr(result, "text", "")
+    about = {**asdict(result), "text": ""} if text else asdict(result)
+    send(orjson.dumps({"result": about, "cpu_s": time.process_time() - began_s}) + b"\n")
+    for start in range(0, len(text), AT_ONCE):
+        send(text[start : start + AT_ONCE].encode())
 
 
 def serve() -> None:

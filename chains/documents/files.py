@@ -6,21 +6,22 @@ What that process can still do is in `sandbox.py`.
 """
 
 import atexit
+import codecs
 import json
 import logging
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.to_thread
 from pydantic import TypeAdapter, ValidationError
 
+from chains.cancellable import checkpoint, run_cancellable
 from chains.documents.formats import FIELD, FileLimits, FileText, Refusal
 from chains.documents.reader_process import ReaderProcess, ReaderServer, command
 from chains.documents.sandbox import Protections, hide_memory
@@ -34,8 +35,10 @@ READER = Path(__file__).with_name("file_reader.py")
 SERVER = ReaderServer(READER)
 """What all readers of this process share: a server takes 0.3 s of CPU time to start, and 30 MB of memory."""
 atexit.register(SERVER.close)
-BYTES_PER_CHARACTER = 6
-"""The most that JSON takes for one."""
+BYTES_PER_CHARACTER = 4
+"""The most that UTF-8 takes for one."""
+MAX_LINE = 2**16
+"""Bytes of the line of JSON in an answer."""
 PIECE = 2**20
 """Bytes that are handed to the reader at once: they are copied."""
 PROTECTIONS_TIMEOUT_S = 10
@@ -43,7 +46,8 @@ PROTECTIONS_TIMEOUT_S = 10
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the reading process sends."""
+    """What the reading process sends as JSON, in one line. The text of the file follows it: parsing millions of
+    characters as JSON would hold the interpreter's lock for half a second."""
 
     result: FileText | Refusal
     cpu_s: float
@@ -99,7 +103,7 @@ class FileReader:
             self.cpu_left_s += len(content) * self.limits.cpu_s_per_mib / 2**20
             try:
                 said = await self.run(content, self.cpu_left_s)
-                answer = await anyio.to_thread.run_sync(parse, said)
+                answer = await run_cancellable(parse, said)
             finally:
                 self.left_s -= time.monotonic() - began_s
             # The process could claim to have taken no time. It can't take more than it was granted, or than `left_s`.
@@ -153,11 +157,32 @@ async def converse(process: ReaderProcess, content: bytes, max_answer: int) -> l
 
 
 def parse(said: list[bytes]) -> Answer:
-    """Parse what the process said. Raises UnreadableFile."""
+    """Parse what the process said: a line of JSON, then the text. Raises UnreadableFile."""
+    line, pieces = bytearray(), iter(said)
+    rest = b""
+    for piece in pieces:
+        before, is_end, rest = piece.partition(b"\n")
+        line += before
+        if is_end or len(line) > MAX_LINE:
+            break
     try:
-        return ANSWER.validate_json(b"".join(said), strict=True)
-    except ValidationError:
+        answer = ANSWER.validate_json(bytes(line), strict=True)
+        text = "".join(decoded(rest, pieces))
+    except (ValidationError, UnicodeDecodeError):
         raise UnreadableFile(FIELD, "the file made its reader talk nonsense") from None
+    if isinstance(answer.result, FileText):
+        return replace(answer, result=replace(answer.result, text=text))
+    return answer
+
+
+def decoded(first: bytes, others: Iterator[bytes]) -> Iterator[str]:
+    """Decode UTF-8 piece by piece. Raises UnicodeDecodeError."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    yield decoder.decode(first)
+    for piece in others:
+        checkpoint()
+        yield decoder.decode(piece)
+    yield decoder.decode(b"", final=True)
 
 
 def text_of(result: FileText | Refusal) -> FileText:

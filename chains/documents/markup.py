@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from chains.cancellable import checkpoint
 from chains.documents.blocks import blocks, is_mostly_gaps
 from chains.documents.inline import Kind, has_words, normal_label, pieces, spelled_out
 from chains.documents.kept import faults
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
+    from markdown_it.rules_block import StateBlock
     from markdown_it.token import Token
 
 __all__ = ["MARKDOWN", "Part", "faults", "finer", "parts"]
@@ -118,6 +120,7 @@ def parts(text: str) -> Iterator[Part]:
     )
     labels = frozenset(map(normal_label, _defined_labels(text))) if is_markdown else frozenset[str]()
     for block in blocks(text):
+        checkpoint()
         if block.is_fixed:
             yield Part(block.text, is_fixed=True)
         else:
@@ -133,6 +136,7 @@ def _defined_labels(text: str) -> Iterator[str]:
     """
     at = end = 0
     while (closing := text.find("]:", at)) >= 0:
+        checkpoint()
         at = closing + 2
         opening = text.rfind("[", max(end, closing - _LONGEST_LABEL - 1), closing)
         if opening < 0:
@@ -167,6 +171,7 @@ def _with_gaps(
 ) -> Iterator[Part]:
     """The parts of a block from `end` on, given its leaves: the spans of each, and whether it must be one line."""
     for spans, is_line in leaves:
+        checkpoint()
         start, stop = _trimmed(text, spans[0].start, spans[-1].end)
         leaf = text[start:stop]
         if start < end or not has_words(leaf):
@@ -307,4 +312,11 @@ def _parser(*, has_code: bool, has_tables: bool) -> "MarkdownIt":
 
     parser = MarkdownIt("commonmark").disable([] if has_code else "code")
     parser.core.ruler.disable("inline")
+    parser.block.ruler.before("table", "checkpoint", _is_no_block)  # asked at each line that may begin a block
     return parser.enable("table") if has_tables else parser
+
+
+def _is_no_block(state: "StateBlock", start_line: int, end_line: int, silent: bool) -> bool:
+    """A rule of the parser that matches nothing: parsing a block of hostile lists takes more than a second."""
+    checkpoint()
+    return False

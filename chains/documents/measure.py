@@ -1,5 +1,6 @@
 """What a chat model can take, in its own tokens. Knows LangChain's models by what they say of themselves."""
 
+import sys
 from collections.abc import Sequence
 
 from langchain_core.language_models import BaseChatModel
@@ -37,11 +38,18 @@ class Measure:
         return len(text.encode(errors="replace")) // 2 + 1
 
     def count_messages(self, messages: Sequence[BaseMessage]) -> int:
-        """Tokens of a prompt; of a model that cannot say, what LangChain takes for likely."""
+        """Tokens of a prompt; of a model that cannot say, what LangChain takes for likely.
+
+        A prompt of more than `WINDOW` characters is counted piece by piece, as one count cannot be interrupted. The
+        model's template then counts a few tokens too many for each message.
+        """
         checkpoint()
-        if self._can_count_messages:
-            return self._model.get_num_tokens_from_messages(list(messages))
-        return count_tokens_approximately(messages)
+        if not self._can_count_messages:
+            return count_tokens_approximately(messages)
+        if self._can_count and sum(len(message.text) for message in messages) > WINDOW:
+            frame = self.count_messages([HumanMessage("?")])
+            return sum(frame + self.count_up_to(message.text, sys.maxsize) for message in messages)
+        return self._model.get_num_tokens_from_messages(list(messages))
 
     def count_up_to(self, text: str, limit: int) -> int:
         """Tokens of a text, counted window by window until they are more than a limit."""

@@ -22,8 +22,8 @@ MAX_DEPTH = 100
 MAX_VALUES = 200_000
 """Values in a body: more would take long to validate, and much memory."""
 
-MAX_READING = 1_000
-"""Bodies that are read at once, of which one tenant may have half."""
+MAX_READING = 512
+"""Bodies that are read at once, of which one tenant may have an eighth: slow ones cost CPU time with every packet."""
 
 RETRY_AFTER_S = 5
 
@@ -95,7 +95,7 @@ class BodyReader:
         if declared.isascii() and declared.isdigit() and int(declared[:20]) > max_body:
             raise too_large
         tenant = lease._tenant
-        if self._reading.total() >= MAX_READING or self._reading[tenant] >= MAX_READING // 2:
+        if self._reading.total() >= MAX_READING or self._reading[tenant] >= MAX_READING // 8:
             raise _busy(f"{self._reading.total()} bodies are being read, {self._reading[tenant]} of them yours")
         structure, started = StructureCounter(), time.monotonic()
         self._reading[tenant] += 1

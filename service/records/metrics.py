@@ -159,7 +159,10 @@ def metrics_router(metrics: Metrics, operator_keys: Collection[str] | None = Non
     @router.get("/metrics", response_class=Response)
     def read_metrics(request: Request) -> Response:
         """Metrics in the text format of Prometheus, or of OpenMetrics for those who ask for it."""
-        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        try:
+            encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        except Exception:  # prometheus_client (0.26) fails on some versions that are no versions
+            encode, content_type = choose_encoder("")
         sees_all = operator_keys is None or request.state.key in operator_keys
         shown = metrics.registry if sees_all else KeyView(metrics.registry, request.state.key)
         return Response(encode(shown), media_type=content_type)

@@ -3,6 +3,7 @@
 import re
 import uuid
 from collections.abc import Callable, MutableSequence
+from urllib.parse import quote, unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -77,8 +78,11 @@ class Recorder:
 
 def path_of(scope: Scope) -> str:
     """The path as it was sent, less what a proxy strips, and less the options in a share link."""
-    path = scope.get("raw_path", b"").decode("latin-1").removeprefix(scope.get("root_path", ""))
-    return SHARED.sub("/c/…", path)[:MAX_PATH]
+    sent: bytes = scope.get("raw_path", b"")
+    path = sent.decode("latin-1").removeprefix(scope.get("root_path", ""))
+    if SHARED.search(decoded := unquote(path, errors="replace")):  # routes go by the decoded path
+        return "/c/…".join(map(quote, SHARED.split(decoded)))[:MAX_PATH]
+    return path[:MAX_PATH]
 
 
 def _keep(pieces: MutableSequence[bytes], message: Message) -> None:

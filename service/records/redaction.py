@@ -11,6 +11,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from logging import LogRecord
 from types import TracebackType
 from typing import TextIO
@@ -98,7 +99,8 @@ def _name(error: BaseException) -> str:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(error, SAFE):
-        return f"{name}: {error}"
+        with suppress(Exception):  # a subclass of somebody else's may fail to say what it is
+            return f"{name}: {error}"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{name}: [Errno {error.errno}] {os.strerror(error.errno)}"
     return name

@@ -44,6 +44,10 @@ LARGE_HEAD = 4 * 1024
 SLICE = 16 * 1024
 """Bytes that are parsed at once. A limit is noticed at most so many bytes late."""
 
+BODY_PIECE = 16 * 1024
+BODY_WAIT_S = 0.5
+"""The application is woken up for so many bytes of a body, for its end, or after so long: not for every packet."""
+
 CHUNK_ALLOWANCE = 16
 """Bytes of framing that a chunk of a body may have, besides twice its size. What exceeds that adds up to `MAX_HEAD`."""
 
@@ -130,6 +134,9 @@ class Connection(HttpToolsProtocol):
         self._head_since: float | None = None  # when the head now awaited began; None between requests and in bodies
         self._num_loose = 0  # bytes since a head began; in a body, its framing beyond what each chunk may have
         self._num_headers = 0
+        self._body: list[bytes] = []  # pieces that the application does not know of yet
+        self._body_size = 0
+        self._body_timer: TimerHandle | None = None
         self._unread: object = None  # what the peer had not taken when it last took some; None if it need not hurry
         self._unread_since = 0.0
         self._is_refused = False
@@ -143,6 +150,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._next_look.cancel()
+        self._drop_body()
         self.limit.remove(self)
         super().connection_lost(exc)
 
@@ -181,6 +189,7 @@ class Connection(HttpToolsProtocol):
             # uvicorn would stop reading until it is answered, and not notice that the peer has gone away.
             raise Pipelined
         super().on_message_begin()
+        self._drop_body()
         self._num_loose = 0  # what is read along with a head's first byte may not be its own, and is not counted
         self._num_headers = 0
         self.scope["state"][PEER] = self.client
@@ -215,9 +224,28 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._num_loose = max(0, self._num_loose - CHUNK_ALLOWANCE - 3 * len(body))  # once for the body itself
-        super().on_body(body)
+        self._body.append(body)
+        self._body_size += len(body)
+        if self._body_size >= BODY_PIECE:
+            self._pass_body()
+        elif self._body_timer is None:
+            self._body_timer = self.loop.call_later(min(BODY_WAIT_S, self.idle_timeout_s / 2), self._pass_body)
+
+    def _pass_body(self) -> None:
+        """Hand what has come of a body to the application. In larger pieces: each wakes it up."""
+        body = b"".join(self._body)
+        self._drop_body()
+        if body and self._is_answering():
+            super().on_body(body)
+
+    def _drop_body(self) -> None:
+        self._body, self._body_size = [], 0
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
 
     def on_message_complete(self) -> None:
+        self._pass_body()
         super().on_message_complete()
         self._note_wait()
 
@@ -271,7 +299,9 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         """Answer what is no request to the application, and close. Amid another answer, only close."""
         request_id = uuid.uuid4().hex
-        log.info("Refused %s: %s", self._peer(), problem.message, extra={"request_id": request_id})
+        # Its message may quote a header's name.
+        reason = problem.kind if problem.status == 431 else problem.message
+        log.info("Refused %s: %s", self._peer(), reason, extra={"request_id": request_id})
         self._is_refused, self._head_since = True, None
         self.limit.release_head(self)
         if self._is_answering():

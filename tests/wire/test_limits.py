@@ -191,9 +191,9 @@ def test_bodies_that_drip_take_no_capacity(tmp_path: Path) -> None:
     """Four connections that sent a byte now and then once kept everybody else out of a service with four slots."""
     body = {"input": {"messages": [["user", "Hi!"]]}}
     head = b"POST /chat/invoke HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n{"
-    limits = {"max_slots": "1", "max_queue": "0", "idle_timeout_s": "1"}
+    script = "tests/scripted_server.py"
     with (
-        Server(tmp_path / "log", script="tests/scripted_server.py", **limits) as server,
+        Server(tmp_path / "log", script=script, max_slots="1", max_queue="0", idle_timeout_s="1") as server,
         ExitStack() as stack,
     ):
         slow = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10)) for _ in range(8)]

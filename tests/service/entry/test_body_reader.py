@@ -107,7 +107,7 @@ async def test_slow_bodies_of_one_tenant_leave_room_for_those_of_others() -> Non
             async with bodies.read(request(b"[", ends=False), 1000, tenant="eve"):
                 pass
 
-        for _ in range(MAX_READING // 2):
+        for _ in range(MAX_READING // 8):
             others.start_soon(drip)
         await anyio.sleep(0.05)
         assert (await refused(bodies, request(b"[]"), tenant="eve")).problem.kind == "bodies_full"

@@ -71,6 +71,8 @@ async def test_a_record_tells_who_what_and_how_it_ended() -> None:
 async def test_the_options_in_a_share_link_are_not_told() -> None:
     _, record = await call(path="/chat/c/N4IgdghgtgpiBcIDCBLAJgGxAXyA/invoke")
     assert record.path == "/chat/c/…/invoke"
+    _, record = await call(path="/chat/%63/N4IgdghgtgpiBcIDCBLAJgGxAXyA/invoke%0A")
+    assert record.path == "/chat/c/…/invoke%0A"
 
 
 async def test_texts_are_kept_where_they_are_asked_for() -> None:
