@@ -86,12 +86,18 @@ class Scheduler:
         """
         self._slice_s = slice_s
         self._max_started = max_started
+        self._max_threads = max_threads
+        self._num_permits = num_permits or max(2, num_cpus())
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Have no work and no threads. In a forked process, where the threads of its parent are not."""
         self._lock = threading.Lock()
-        self._num_free = num_permits or max(2, num_cpus())
+        self._num_free = self._num_permits
         self._waiting: OrderedDict[str, deque[_Work]] = OrderedDict()  # for a permit; the next tenant's first
         self._started: dict[str, int] = {}
         self._queued: dict[str, deque[_Work]] = {}  # for a thread
-        self._threads = ThreadPoolExecutor(max_threads, thread_name_prefix="request work")
+        self._threads = ThreadPoolExecutor(self._max_threads, thread_name_prefix="request work")
 
     async def run(self, function: Callable[..., T], *arguments: Any, tenant: str | None = None, **named: Any) -> T:
         """Call a function in a thread, with the current context variables; if cancelled, do not wait for its end.
@@ -243,6 +249,8 @@ def num_cpus() -> int:
 
 
 _scheduler = Scheduler()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_scheduler._start_anew)
 
 
 async def run_cancellable(function: Callable[..., T], *arguments: Any, tenant: str | None = None, **named: Any) -> T:
