@@ -346,7 +346,7 @@ class Settings(BaseSettings):
     def _least_body_total(self) -> int:
         # One tenant has half of it, and a text takes up to four times as many bytes in memory as in UTF-8.
         general, chains = parse_per_chain(int, self.max_body)
-        return 8 * max(general, *chains.values())
+        return 8 * max([general, *chains.values()])
 
     def limits(self, chain: str) -> Limits:
         """What one request to a chain may ask for."""

@@ -10,7 +10,9 @@ import pytest
 from langchain_core.language_models import BaseChatModel, FakeListChatModel
 
 from chains import brief, summarize, translate
+from chains.cancellable import WorkCancelled, run_cancellable
 from chains.chain import Chain
+from chains.segments import segments
 from chains.translate import AT_ONCE
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
 from llm.scripted_engine import ScriptRunner
@@ -115,3 +117,28 @@ NUM_COUNTS = 30
 
 MOST_COUNTS = 3
 """Counts after that: the one in progress, and what two threads may begin before they see it."""
+
+
+@pytest.mark.parametrize(
+    "unit", ["- 1\n", "<div>\n\n", "> 1\n", "***\n", "1\n\n", "| 1 | 2 |\n|---|---|\n| 3 | 4 |\n\n", "<!-- -->\n\n"]
+)
+async def test_preparing_a_text_without_words_ends_with_its_request(unit: str) -> None:
+    """Tokens are counted of words alone, and each count was a checkpoint: without words there was none."""
+    ended: list[type[BaseException] | None] = []
+    is_over = threading.Event()
+
+    def prepare() -> None:
+        try:
+            next(segments(unit * (400_000 // len(unit)), budget=100, count=len))
+            ended.append(None)
+        except BaseException as error:
+            ended.append(type(error))
+            raise
+        finally:
+            is_over.set()
+
+    task = asyncio.create_task(run_cancellable(prepare))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    assert await asyncio.to_thread(is_over.wait, 30)
+    assert ended == [WorkCancelled]

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 
-from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine, ScriptedEngine
+from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine, ScriptedEngine, chat_llama3
 from llm.caller import Caller, current_caller
 from llm.errors import ContextOverflow, EngineLoading, InvalidMessage, InvalidOption
-from llm.prompt import encode
+from llm.prompt import encode, encode_text
 
 MESSAGES = [SystemMessage("Be brief."), HumanMessage("Hi"), AIMessage("Hello!"), HumanMessage("How are you?")]
 
@@ -211,3 +211,19 @@ def test_what_it_does_not_have_is_refused_when_it_is_built(engine: ScriptedEngin
         ChatLLaMA3(llm=LLaMA3_LLM(engine=engine), presence_penalty=1)
     with pytest.raises(InvalidOption, match="top_p"):
         ChatLLaMA3(llm=LLaMA3_LLM(engine=engine), top_p=2)
+
+
+def test_a_prompt_that_is_far_too_long_is_refused_without_encoding_all_of_it(
+    model: ChatLLaMA3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_encoded = 0
+
+    def counted(tokenizer: Any, text: str) -> list[int]:
+        nonlocal num_encoded
+        num_encoded += len(text)
+        return encode_text(tokenizer, text)
+
+    monkeypatch.setattr(chat_llama3, "encode_text", counted)
+    with pytest.raises(ContextOverflow, match="has more than"):
+        model.check([HumanMessage("word " * 200_000)])
+    assert num_encoded < 500_000

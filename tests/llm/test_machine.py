@@ -176,3 +176,23 @@ def test_torch_computes_with_no_more_threads_than_there_are_cpus() -> None:
     )
 
     assert ran.stdout.split() == ["1", "1", "3", "3"]
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        v2(cpu=f"{'9' * 400} 100000"),
+        v2(cpu=f"100000 {'9' * 5000}"),
+        v2(limit="9" * 5000),
+        {**v2(limit=1000), "memory.stat": f"inactive_file {'9' * 5000}", "memory.current": ""},
+    ],
+)
+def test_numbers_that_no_kernel_writes_are_no_limits(tmp_path: Path, group: dict[str, str]) -> None:
+    root = system(tmp_path, "0::/", V2_MOUNT, {"": group})
+    assert machine.cpu_quota(root) == math.inf
+    assert machine.available_in_cgroups(root) in (1000, math.inf)
+
+
+def test_a_path_that_is_too_long_for_the_system_is_no_group(tmp_path: Path) -> None:
+    root = system(tmp_path, f"0::/{'x' * 300}/{'y' * 6000}", V2_MOUNT, {"": v2(cpu="200000 100000")})
+    assert machine.cpu_quota(root) == 2

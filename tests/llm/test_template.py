@@ -206,3 +206,11 @@ def test_a_worker_has_none_of_our_variables(renderer: TemplateRenderer, monkeypa
     assert psutil.Process(worker._process.pid).environ().keys() <= {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "LC_CTYPE"}
     assert os.environ["SERVE_API_KEYS"] not in str(psutil.Process(worker._process.pid).environ())
     fresh.close()
+
+
+def test_a_prompt_of_exactly_the_longest_length_is_given_back(renderer: TemplateRenderer) -> None:
+    """Its answer is longer than four bytes a character: it begins with what it is."""
+    longest = "{{ '\U0001f600' * %d }}"
+    assert len(renderer.render(longest % template.MAX_CHARS, {"messages": []})) == template.MAX_CHARS
+    with pytest.raises(InvalidMessage, match=f"more than {template.MAX_CHARS} characters"):
+        renderer.render(longest % (template.MAX_CHARS + 1), {"messages": []})

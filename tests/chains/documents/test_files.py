@@ -694,3 +694,13 @@ class TestProcess:
                 continue
         assert len(os.listdir("/proc/self/fd")) <= before
         assert psutil.Process().children(recursive=True) == children
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50, 1000])
+def test_the_text_of_an_answer_is_decoded_piece_by_piece(size: int) -> None:
+    said = '{"result":{"title":"","text":"","kind":"text","pages":null},"cpu_s":0.5}\nZeile 1\n中文 😀'.encode()
+    answer = files.parse([said[start : start + size] for start in range(0, len(said), size)])
+    assert files.text_of(answer.result).text == "Zeile 1\n中文 😀"
+    for wrong in (said[:-1], said + b"\xff", said.replace(b"\n", b""), b"", b"\n", b"x" * 100_000):
+        with pytest.raises(UnreadableFile, match="talk nonsense"):
+            files.parse([wrong[start : start + size] for start in range(0, len(wrong), size)])

@@ -144,3 +144,15 @@ async def test_without_keys_everybody_sees_all(metrics: Metrics) -> None:
     app = FastAPI()
     app.include_router(metrics_router(metrics))
     assert 'key="ada"' in await read(app, "")
+
+
+@pytest.mark.parametrize(
+    "accept", ["application/openmetrics-text; version=zebra;;;q=zebra", "application/openmetrics-text; version=", ";;"]
+)
+async def test_whatever_a_client_accepts_there_are_metrics(metrics: Metrics, accept: str) -> None:
+    app = FastAPI()
+    app.include_router(metrics_router(metrics))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        answer = await client.get("/metrics", headers={"Accept": accept})
+    assert answer.status_code == 200
+    assert "serve_slots" in answer.text
