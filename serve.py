@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import uvicorn
 
 from chains import build_chains
+from chains.cancellable import limit_cpus
 from chains.documents import languages
 from chains.documents.files import protect
 from llm import ChatLLaMA3, LLaMA3_LLM, LocalEngine
 from llm.engine import Engine, EngineState
 from llm.errors import LLMError
+from llm.machine import num_cpus
 from service.app import create_app
 from service.entry.keys import KeysError
 from service.entry.keys_command import manage
@@ -93,6 +95,7 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
     languages.load()
+    limit_cpus(num_cpus())
     app = create_app(settings, chains=build_chains(model), check=model.check, engine=engine)
     app.openapi()  # takes half a second of the event loop's time when it is first asked for
     config = uvicorn.Config(

@@ -90,6 +90,15 @@ class Scheduler:
         self._num_permits = num_permits or max(2, num_cpus())
         self._start_anew()
 
+    def resize(self, num_permits: int) -> None:
+        """Let so many works compute at once. Only before there is any work.
+
+        Args:
+            num_permits: As for the constructor.
+        """
+        self._num_permits = num_permits
+        self._start_anew()
+
     def _start_anew(self) -> None:
         """Have no work and no threads. In a forked process, where the threads of its parent are not."""
         self._lock = threading.Lock()
@@ -251,6 +260,11 @@ def num_cpus() -> int:
 _scheduler = Scheduler()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_scheduler._start_anew)
+
+
+def limit_cpus(num_cpus: int) -> None:
+    """Use so many CPUs for the work of requests, and two threads at least. To be called before there is any work."""
+    _scheduler.resize(max(2, num_cpus))
 
 
 async def run_cancellable(function: Callable[..., T], *arguments: Any, tenant: str | None = None, **named: Any) -> T:

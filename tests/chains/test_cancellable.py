@@ -163,3 +163,12 @@ async def test_a_tenant_leaves_nothing_behind() -> None:
 
 async def test_what_is_cancelled_cannot_be_caught_as_an_exception() -> None:
     assert not issubclass(WorkCancelled, Exception)
+
+
+async def test_a_scheduler_that_was_resized_runs_as_many_works_at_once() -> None:
+    scheduler, go_on = Scheduler(1), threading.Event()
+    scheduler.resize(2)
+    waiting = asyncio.create_task(scheduler.run(go_on.wait, 30, tenant="eve"))
+    assert await asyncio.wait_for(scheduler.run(len, "two", tenant="ada"), 10) == 3
+    go_on.set()
+    assert await waiting
