@@ -31,7 +31,7 @@ current_tenant: ContextVar[str] = ContextVar("current_tenant", default="")
 
 
 class WorkCancelled(BaseException):
-    """Raised by `checkpoint()` in the thread, to end work that nobody awaits any more.
+    """Raised by `checkpoint()` in the thread, to end work that is no longer awaited.
 
     No `Exception`, so that code which catches those does not carry on.
     """

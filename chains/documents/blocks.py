@@ -57,7 +57,7 @@ class _Open:
     """A fence, comment or the like that a line has opened."""
 
     is_closed_by: Callable[[str], bool]
-    """Tells of each line after it whether it closes it."""
+    """Returns for each line after it whether that closes it."""
 
     is_fence: bool
     is_outermost: bool

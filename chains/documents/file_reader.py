@@ -133,6 +133,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1])
     except BaseException:
-        # There is nobody to read a traceback, and the interpreter's own way out needs system calls that are refused.
+        # No traceback can be shown, and the interpreter's own way out needs system calls that are refused.
         os._exit(1)
     os._exit(0)

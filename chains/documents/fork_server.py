@@ -117,7 +117,7 @@ class ForkServer:
             self.work(message)
             os._exit(0)
         finally:
-            # There is nobody to read a traceback, and the loop is the server's.
+            # No traceback can be shown, and the loop is the server's.
             os._exit(1)
 
     def kill(self, child: Child) -> None:

@@ -222,7 +222,7 @@ def _leaves(text: str, is_markdown: bool) -> Iterator[tuple[list[_Span], bool]]:
 def _of_token(
     token: "Token", opened: str, text: str, starts: list[int], cursor: int
 ) -> Iterator[tuple[list[_Span], bool]]:
-    """Where the words of a paragraph, heading or cell stand: the parser tells its lines, and what it read in them.
+    """Where the words of a paragraph, heading or cell stand: the parser gives its lines, and what it read in them.
 
     `text` has U+FFFD for NUL, as the parser has.
     """

@@ -87,7 +87,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _look_at_engine(self) -> None:
-        """Stop once the engine is dead, and those whose requests it failed were told so, or had the time for it.
+        """Stop once the engine is dead, and the requests that failed have got their error, or had the time for it.
 
         They are not drained: a new request is to hear of the dead engine, not of a service that is being stopped.
         """
