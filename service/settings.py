@@ -233,8 +233,8 @@ class Settings(BaseSettings):
         Field(
             ge=1,
             description="Bytes of memory of all request bodies together, from their first byte to the end of their "
-            "request; one key, or one address where there are no keys, may have half. Eight times the largest body if "
-            "not set.",
+            "request; one key, or one address where there are no keys, may have half. Sixteen times the largest body "
+            "if not set.",
         ),
     ] = None
     max_file: Annotated[PerChain, _numbers(int), Field(description="Bytes of an uploaded file, per chain.")] = (
@@ -340,7 +340,7 @@ class Settings(BaseSettings):
     @property
     def body_total(self) -> int:
         """Bytes that all request bodies may have together."""
-        return self.max_body_total or self._least_body_total
+        return self.max_body_total or 2 * self._least_body_total
 
     @property
     def _least_body_total(self) -> int:

@@ -205,7 +205,7 @@ def limit_resources(max_memory: int, cpu_s: float) -> None:
     if sys.platform != "darwin":
         lower_limit(resource.RLIMIT_AS, max_memory)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    # ends what spins, also if no process is left to kill it: by SIGXCPU, and a second later by SIGKILL.
+    # Ends what spins, also if no process is left to kill it: by SIGXCPU, and a second later by SIGKILL.
     lower_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + cpu_s) + 1, margin=1)
     for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
         lower_limit(limit, 0)

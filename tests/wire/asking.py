@@ -17,7 +17,7 @@ ENDPOINTS = ("invoke", "batch", "stream", "stream_log", "stream_events")
 def ask(server: Server, path: str, one: Any, **configurable: Any) -> httpx.Response:
     """Post an input to an endpoint of a chain; to a batch, it alone."""
     inputs = {"inputs": [one]} if path.endswith("/batch") else {"input": one}
-    return httpx.post(f"{server.url}/{path}", json={**inputs, "config": {"configurable": configurable}}, timeout=60)
+    return httpx.post(f"{server.url}/{path}", json={**inputs, "config": {"configurable": configurable}}, timeout=110)
 
 
 def error_of(response: httpx.Response, status: int, kind: str) -> Any:

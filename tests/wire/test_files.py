@@ -101,6 +101,7 @@ def test_a_hostile_file_is_refused_on_every_endpoint_and_others_are_answered(
             began = time.monotonic()
             assert ask(scripted_server, "chat/invoke", CHAT).json()["output"]["content"] == "Hi!"
             waits.append(time.monotonic() - began)
+            time.sleep(0.05)  # files are read at a lower priority than all else on this machine
         for each in refused:
             each.result()
     assert max(waits) < 5
