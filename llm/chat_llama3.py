@@ -226,7 +226,7 @@ def _refuse_far_too_long(messages: Sequence[BaseMessage], checkpoint: Checkpoint
     window at a time. Windows cut words in two, which makes a few tokens more of them; that is allowed for.
     """
     num_tokens = num_windows = 0
-    if sum(len(message.text) for message in messages) <= WINDOW:
+    if sum(len(message.text) for message in messages) <= MAX_ENCODED:
         return
     for index, message in enumerate(messages):
         for start in range(0, len(message.text), WINDOW):
@@ -239,6 +239,8 @@ def _refuse_far_too_long(messages: Sequence[BaseMessage], checkpoint: Checkpoint
                 raise ContextOverflow(prompt=num_tokens, context=checkpoint.context, is_whole=False)
 
 
+MAX_ENCODED = 200_000
+"""Characters of a prompt that is encoded whole, whatever its tokens: that takes some tenths of a second."""
 WINDOW = 32_768
 """Characters that are counted at once."""
 CUT_TOKENS = 16
