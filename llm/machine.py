@@ -152,7 +152,7 @@ def _groups(root: Path, controller: str) -> Iterator[_Group]:
 
 
 def _upwards(mount: _Mount, own: PurePosixPath) -> Iterator[Path]:
-    # Without a cgroup namespace, a container sees its own group as the top, and is told the path that the host knows.
+    # Without a cgroup namespace, a container sees its own group as the top, and the path is the one on the host.
     # With one, the path of a process that was put into it from outside begins with "/..": names that cannot be seen.
     below = own.relative_to(mount.top) if own.is_relative_to(mount.top) else PurePosixPath()
     inside = PurePosixPath(*(part for part in below.parts if part not in ("..", "/")))

@@ -31,7 +31,7 @@ PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NE
 NOBODY = 65534
 USERS = (range(0x70000000, 0x70400000), range(32_768, 60_000))
 """User ids for readers, one for each process id. The first range has one for every process id that Linux can give and
-belongs to nobody in systemd's list of user ids (https://systemd.io/UIDS-GIDS/). The second is for containers whose user
+is unused in systemd's list of user ids (https://systemd.io/UIDS-GIDS/). The second is for containers whose user
 namespace has 65,536 ids."""
 
 LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446
@@ -239,7 +239,7 @@ def become_user_of_its_own() -> bool:
 
 
 def can_end_others() -> bool:
-    """Tell whether root may end another user's process.
+    """Return whether root may end another user's process.
 
     The process that forked or started this one has as much, and has to be able to end it.
     """
