@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -543,12 +545,26 @@ def compiler(path: Path, *lines: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def another_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("without-bfloat16")
+
+
+@pytest.fixture
+def without_bfloat16(another_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel for processors that have no instruction for bfloat16, as this one may be. Compiled once."""
+    if "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+        monkeypatch.setenv("CC", f"{shutil.which('cc')} -mno-avx512bf16")
+        monkeypatch.setenv("SERVE_CACHE", str(another_cache))
+    kernel.library.cache_clear()
+    yield
+    kernel.library.cache_clear()
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="about instructions of x86")
 @pytest.mark.parametrize("kind", ["bfloat16", "int4 and bfloat16"], indirect=True)
-def test_without_instructions_for_bfloat16_a_prompt_is_computed_in_float32(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
-) -> None:
-    monkeypatch.setenv("CC", f"{shutil.which('cc')} -mno-avx512bf16")
+@pytest.mark.usefixtures("without_bfloat16")
+def test_without_instructions_for_bfloat16_a_prompt_is_computed_in_float32(kind: Kind) -> None:
     model, ids, blocks = tiny(), random_ids(300, vocabulary=5), table(300)
     ours, theirs = on_kernel(model, kind, len(blocks)), on_torch(model, kind, len(blocks))
 
@@ -576,6 +592,32 @@ def test_without_a_compiler_that_works_torch_computes_and_says_so(
     torch.testing.assert_close(
         llama.decode(ids[-1:], [19], [[1, 0]])[0], expected_logits(model, ids)[-1], atol=1e-4, rtol=0
     )
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process ends, or has ended, within ten seconds."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for _ in range(1000):
+            if process.status() == psutil.STATUS_ZOMBIE:  # until its new parent waits for it
+                break
+            time.sleep(0.01)
+        else:
+            return False
+    return True
+
+
+def test_a_compiler_that_takes_too_long_ends_with_all_it_started(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    child = tmp_path / "child"
+    monkeypatch.setenv("CC", str(compiler(tmp_path / "cc", "sleep 1000 &", f"echo $! > {child}", "wait")))
+    monkeypatch.setattr(kernel, "COMPILE_TIMEOUT_S", 1)
+
+    assert kernel.library() is None
+
+    assert "timed out after 1 seconds" in caplog.text
+    assert has_ended(int(child.read_text()))
 
 
 def test_what_the_compiler_says_is_in_the_log(
