@@ -6,45 +6,58 @@
 
 /* ---- in float32: weights are unpacked in registers ---- */
 
-/* `PANELS` panels times `ROWS` rows: sums[panel][row], 16 outputs each. */
+/* Words of the panels, which have `stride` each, from output `strip` * WIDTH on. */
+INLINE int64_t strip_at(int strip, int64_t stride) { return strip / STRIPS * stride + strip % STRIPS * WIDTH; }
+
+#define LEAST(A, B) ((A) < (B) ? (A) : (B))
+
+/* `PANELS` panels times `ROWS` rows: sums[panel][row], 16 outputs each. `TAKEN` strips are
+   computed at a time. */
 #define TILE(PANELS, ROWS)                                                                                             \
     INLINE void tile_##PANELS##x##ROWS(const Linear *w, int kind, int64_t panel, const float *x, const float *x_sums,  \
                                        f32 sums[PANELS][ROWS]) {                                                       \
+        enum { TAKEN = STRIPS == 1 ? PANELS : LEAST(PANELS * STRIPS, (ROWS < MOST_SUMS ? MOST_SUMS / ROWS : 1)) };     \
         const int64_t inputs = w->inputs, groups = inputs / GROUP, in_word = per_word(kind);                           \
         const int64_t stride = inputs / in_word * LANES;                                                               \
-        const uint32_t *words = w->weights + panel * stride;                                                           \
-        f32 total[PANELS][ROWS] = {};                                                                                  \
-        if (kind == F32 || kind == BF16) {                                                                             \
-            for (int64_t k = 0; k < inputs; k += in_word, words += LANES)                                              \
-                UNROLL for (int p = 0; p < PANELS; p++) {                                                              \
-                    const u32 word = load_words(words + p * stride);                                                   \
-                    UNROLL for (int i = 0; i < in_word; i++) {                                                         \
-                        const f32 weight = input_of(kind, word, i);                                                    \
-                        UNROLL for (int r = 0; r < ROWS; r++) total[p][r] += weight * x[r * inputs + k + i];           \
-                    }                                                                                                  \
-                }                                                                                                      \
-        } else {                                                                                                       \
-            const int per_group = kind == INT8 ? 1 : 2; /* vectors of scales */                                        \
-            for (int64_t g = 0; g < groups; g++) {                                                                     \
-                f32 part[PANELS][ROWS] = {};                                                                           \
-                for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += in_word, words += LANES)                         \
-                    UNROLL for (int i = 0; i < in_word; i++)                                                           \
-                        UNROLL for (int p = 0; p < PANELS; p++) {                                                      \
-                            const f32 q = input_of(kind, load_words(words + p * stride), i);                           \
-                            UNROLL for (int r = 0; r < ROWS; r++) part[p][r] += q * x[r * inputs + k + i];             \
+        for (int first = 0; first < PANELS * STRIPS; first += TAKEN) {                                                 \
+            const uint32_t *words = w->weights + panel * stride;                                                       \
+            strip_f32 total[TAKEN][ROWS] = {};                                                                         \
+            if (kind == F32 || kind == BF16) {                                                                         \
+                for (int64_t k = 0; k < inputs; k += in_word, words += LANES)                                          \
+                    UNROLL for (int s = 0; s < TAKEN; s++) {                                                           \
+                        const strip_u32 word = load_words(words + strip_at(first + s, stride));                        \
+                        UNROLL for (int i = 0; i < in_word; i++) {                                                     \
+                            const strip_f32 weight = input_of(kind, word, i);                                          \
+                            UNROLL for (int r = 0; r < ROWS; r++) total[s][r] += weight * x[r * inputs + k + i];       \
                         }                                                                                              \
-                UNROLL for (int p = 0; p < PANELS; p++) {                                                              \
-                    const uint16_t *scales = w->scales + ((panel + p) * groups + g) * per_group * LANES;               \
-                    const f32 scale = load_f16(scales);                                                                \
-                    UNROLL for (int r = 0; r < ROWS; r++) total[p][r] += scale * part[p][r];                           \
-                    if (kind == INT4) {                                                                                \
-                        const f32 minimum = load_f16(scales + LANES);                                                  \
-                        UNROLL for (int r = 0; r < ROWS; r++) total[p][r] += minimum * x_sums[r * groups + g];         \
+                    }                                                                                                  \
+            } else {                                                                                                   \
+                const int per_group = kind == INT8 ? 1 : 2; /* vectors of scales */                                    \
+                for (int64_t g = 0; g < groups; g++) {                                                                 \
+                    strip_f32 part[TAKEN][ROWS] = {};                                                                  \
+                    for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += in_word, words += LANES)                     \
+                        UNROLL for (int i = 0; i < in_word; i++)                                                       \
+                            UNROLL for (int s = 0; s < TAKEN; s++) {                                                   \
+                                const strip_f32 q = input_of(kind, load_words(words + strip_at(first + s, stride)), i);\
+                                UNROLL for (int r = 0; r < ROWS; r++) part[s][r] += q * x[r * inputs + k + i];         \
+                            }                                                                                          \
+                    UNROLL for (int s = 0; s < TAKEN; s++) {                                                           \
+                        const uint16_t *scales = w->scales + (panel * groups + g) * per_group * LANES +                \
+                                                 strip_at(first + s, groups * per_group * LANES);                      \
+                        const strip_f32 scale = load_f16(scales);                                                      \
+                        UNROLL for (int r = 0; r < ROWS; r++) total[s][r] += scale * part[s][r];                       \
+                        if (kind == INT4) {                                                                            \
+                            const strip_f32 minimum = load_f16(scales + LANES);                                        \
+                            UNROLL for (int r = 0; r < ROWS; r++) total[s][r] += minimum * x_sums[r * groups + g];     \
+                        }                                                                                              \
                     }                                                                                                  \
                 }                                                                                                      \
             }                                                                                                          \
+            UNROLL for (int s = 0; s < TAKEN; s++)                                                                     \
+                UNROLL for (int r = 0; r < ROWS; r++)                                                                  \
+                    memcpy((float *)&sums[(first + s) / STRIPS][r] + (first + s) % STRIPS * WIDTH, &total[s][r],       \
+                           sizeof(strip_f32));                                                                         \
         }                                                                                                              \
-        memcpy(sums, total, sizeof total);                                                                             \
     }
 
 TILE(8, 1)
