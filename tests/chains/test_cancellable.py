@@ -97,6 +97,8 @@ async def test_work_that_is_cancelled_in_a_full_queue_never_begins() -> None:
     third = asyncio.create_task(scheduler.run(int))
     await asyncio.sleep(0.01)
     second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
     go_on.set()
     assert await first
     assert await third == 0

@@ -38,6 +38,8 @@ def guarded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
     settings: dict[str, Any] = {
         "api_keys": f"somebody:{KEY}",
         "rate_limit": "1000000/minute",
+        "login_rate_limit": "",
+        "page_rate_limit": "",
         "max_body": str(MAX_BODY),
     }
     with Server(log, script="tests/scripted_server.py", **settings) as server:

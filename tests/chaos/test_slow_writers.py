@@ -37,6 +37,7 @@ async def drip(port: int, head: bytes, rest: bytes, *, pause_s: float = 0.1, wit
 
 
 async def test_heads_that_drip_are_cut(attacked_server: Server) -> None:
+    await ask(attacked_server.port, HELLO)  # starts the process that renders templates
     before = held(attacked_server)
     dripping = [drip(attacked_server.port, b"GET / HTTP/1.1\r\n", b"X-Drip: drop\r\n" * 100) for _ in range(50)]
     said, hello = await asyncio.gather(asyncio.gather(*dripping), ask(attacked_server.port, HELLO))
