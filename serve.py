@@ -37,7 +37,7 @@ log = logging.getLogger("serve")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Load the model in the background and serve its chains until told to stop; return the exit code."""
+    """Load the model in the background and serve its chains until stopped by a signal; return the exit code."""
     if arguments[:1] == ["keys"]:
         settings = read_settings(["--insecure"])  # nothing is served here
         return manage(arguments[1:], settings.api_keys_file)
@@ -72,7 +72,7 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def run(settings: Settings, engine: Engine, listener: socket.socket | None = None) -> int:
-    """Serve the chains over an engine until told to stop, or until the engine fails to load or dies."""
+    """Serve the chains over an engine until a signal stops it, or the engine fails to load or dies."""
     start_logging(settings.log_level, settings.log_format, has_texts=settings.log_texts)
     protect()
     try:

@@ -27,7 +27,7 @@ MAX_STARTED = 16
 MAX_THREADS = 1024
 
 current_tenant: ContextVar[str] = ContextVar("current_tenant", default="")
-"""Whose work the current code submits: set per request by whoever knows, inherited by tasks and threads."""
+"""For which tenant the current code submits work. Set per request; inherited by tasks and threads."""
 
 
 class WorkCancelled(BaseException):
@@ -182,7 +182,7 @@ class Scheduler:
                 self._ask(work)
             self._wait(work)
             work.result.set_result(work.call())
-        except BaseException as error:  # it is for whoever awaits the work
+        except BaseException as error:  # raised where the work is awaited
             work.result.set_exception(error)
         finally:
             with self._lock:

@@ -116,8 +116,8 @@ def _instructed(messages: list[BaseMessage], system_prompt: str) -> list[BaseMes
 
 
 class Fitting(RunnableLambda[dict[str, Any], Fitted]):
-    """From an input to what the model is shown. Async callers have it done in a thread: counting long texts takes
-    time, and ends when they are cancelled."""
+    """Turns an input into what the model is shown. For async callers a thread does it: counting long texts takes time,
+    and ends when they are cancelled."""
 
     def __init__(self, model: BaseChatModel) -> None:
         def fit_input(chat_input: dict[str, Any], config: RunnableConfig) -> Fitted:

@@ -95,7 +95,7 @@ def _convert_once(source: Path, target: Path) -> None:
 
 
 def _make_safe(directory: Path) -> bool:
-    """Take the permission to write to a directory of this user's from others. False if they had it."""
+    """Remove other users' permission to write to a directory of this user. Returns False if they had it."""
     try:
         check_directory(directory)
     except UnsafeCache as error:

@@ -34,7 +34,7 @@ def check_directory(path: Path) -> None:
 def open_file(path: Path) -> int:
     """Open a file for reading, and check it and its directory. Returns a file descriptor.
 
-    What is checked is what was opened, so that nobody can exchange it in between.
+    The opened file is checked, not its path, so it cannot be replaced in between.
 
     Raises:
         UnsafeCache: Another user could have changed the file, or it is no regular file.

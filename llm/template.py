@@ -170,7 +170,7 @@ class _Worker:
         self.close()
         if code == -signal.SIGPROF:
             return "too slow", ""
-        if code == -signal.SIGKILL:  # by the kernel, which had no memory left
+        if code == -signal.SIGKILL:  # by the kernel, for lack of memory
             return "too much memory", ""
         return "ended", f"by signal {-code}" if code and code < 0 else f"with code {code}"
 

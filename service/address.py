@@ -28,7 +28,7 @@ def parse_address(text: str) -> str:
 
 
 def network_of(address: str) -> str:
-    """What stands for a client where clients are told apart by address. Empty if there is no address."""
+    """The network that identifies a client without a key. Empty if there is no address."""
     parsed = parse_address(address)
     return str(ip_network(f"{parsed}/{IPV6_PREFIX}", strict=False)) if ":" in parsed else parsed
 

@@ -86,7 +86,7 @@ def failures_of(chain: str) -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise ChainFailed(chain, error) from error  # nobody has cancelled the request: a step did this
+        raise ChainFailed(chain, error) from error  # the request was not cancelled: a step raised this
     except Exception as error:
         if describe(error) is not INTERNAL:
             raise

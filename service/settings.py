@@ -311,7 +311,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Tell pydantic where to look, the first found counts."""
+        """Return pydantic's sources of settings; the first that has a setting wins."""
         return init_settings, _Environment(settings_cls), dotenv_settings, file_secret_settings
 
     @model_validator(mode="after")

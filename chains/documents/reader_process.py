@@ -210,7 +210,7 @@ class ForkedProcess:
         return self.code
 
     async def end(self) -> None:
-        """Have it killed, unless it is over, and wait until it is dead; its code is None if the server does not act."""
+        """Kill it unless it has ended, and wait for its end. Its exit code is None if the server does not respond."""
         if self.code is None:
             with suppress(OSError, anyio.BrokenResourceError):
                 await self.control.send_eof()

@@ -1,7 +1,7 @@
 """A Llama's forward on a CPU, in C (`native/`): compiled once for this machine, called without the interpreter's lock.
 
 Knows a C compiler and the layouts of its structs; knows no requests. Every tensor that C writes to is created with its
-dtype and device named: torch's defaults belong to the whole process, and anybody may change them at any time.
+dtype and device named: torch's defaults belong to the whole process, and other code may change them at any time.
 """
 
 import contextlib

@@ -165,7 +165,7 @@ class LlamaRunner:
 
 
 def _load_in_one_dtype(files: ModelFiles, *, dtype: str, device: str) -> "PreTrainedModel":
-    """Load the weights in the dtype that was asked for, whatever else the process does meanwhile.
+    """Load the weights in the requested dtype, also while other models load.
 
     transformers creates parameters in torch's default dtype, which it sets for that time and which belongs to the whole
     process: another thread that sets it, or loads a model, changes the dtype of parameters, and with it the answers.

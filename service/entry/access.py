@@ -54,7 +54,7 @@ class Access:
         page_rate_limit: How many requests other than POST a key may send; where there is no key, an address (for IPv6,
             a network of 64 bits). `/health` and `/ready` are not counted: probes must always get through.
         login_rate_limit: How many requests with an invalid key an address may send before it gets 429 in place of 401.
-            A valid key is served all the same: otherwise whoever shares an address with others could lock them out.
+            A valid key is still served: otherwise one client could lock out others behind the same address.
 
     Raises:
         ValueError: One of `allowed_hosts` can be no host, or a rate limit is invalid.

@@ -36,7 +36,7 @@ class Admission:
             quota: Counts what each key asks for.
             max_queue: Requests that may wait for a slot.
             max_concurrent: Requests of one key at once; None: half of all places, or all where there are no keys.
-            has_keys: Whether callers are told apart.
+            has_keys: Whether clients have API keys.
         """
         self._engine = engine
         self._quota = quota

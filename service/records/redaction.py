@@ -35,7 +35,7 @@ ASYNCIO_MESSAGES = (
 """How asyncio's own messages begin. Reprs of tasks and arguments follow."""
 
 SAFE = (llm_errors.ModelError, llm_errors.EngineError)
-"""Exceptions whose messages are ours and quote nobody."""
+"""Exceptions whose messages are ours and contain no user text."""
 
 MAX_ERRORS = 20
 """Exceptions of one chain of causes, or group, that are written."""
@@ -99,7 +99,7 @@ def _name(error: BaseException) -> str:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(error, SAFE):
-        with suppress(Exception):  # a subclass of somebody else's may fail to say what it is
+        with suppress(Exception):  # a subclass from another package may raise here
             return f"{name}: {error}"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{name}: [Errno {error.errno}] {os.strerror(error.errno)}"
@@ -118,7 +118,7 @@ class RedactingHandler(logging.StreamHandler[TextIO]):
 
 
 def redact_stderr() -> None:
-    """Send to the log what Python would write to standard error: warnings, and exceptions that nobody catches."""
+    """Send to the log what Python would write to standard error: warnings, and uncaught exceptions."""
 
     def show_warning(
         message: Warning | str,

@@ -1,4 +1,4 @@
-"""Connections that nobody can hold for ever: uvicorn's HTTP protocol with limits, and an end to every wait.
+"""uvicorn's HTTP protocol with limits, and a timeout for every wait, so that no client can hold a connection for ever.
 
 uvicorn by itself waits without end for the head of a request, and for a reader who does not read. It knows no paths and
 no chains: bodies have the door's deadline, and requests that are at work, silent or not, are let be.
@@ -210,7 +210,7 @@ class Connection(HttpToolsProtocol):
             named = name[:MAX_NAME].decode("latin-1")
             message = f"a header may have at most {MAX_HEADER} bytes, the header {named!r} has {size}"
             raise HeadTooLarge(Problem(431, "head_too_large", message))
-        if self._head_since is not None:  # else it is a trailer: nobody needs them
+        if self._head_since is not None:  # else it is a trailer, which is not used
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:

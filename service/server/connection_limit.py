@@ -86,7 +86,7 @@ class WaitingConnections:
 class ConnectionLimit:
     """Keeps the number of connections, and of large unfinished request heads, within bounds.
 
-    A connection is closed to make room for a new one, so that whoever comes, such as a health probe, is answered. It is
+    A connection is closed to make room for a new one, so that new clients, such as a health probe, are answered. It is
     one that waits for its client: between requests, within a request that was not sent whole, or for an answer to be
     read. The network (one IPv4 address, or 64 bits of an IPv6 address) with most such connections loses the one that
     waited longest, so that one client cannot push out others. A connection whose request is being computed is never
