@@ -491,7 +491,7 @@ def test_four_times_as_much_costs_four_times_as_much(row: Row) -> None:
     for unit in row.units:
         small, large = text_of(row, unit, row.size), text_of(row, unit, 4 * row.size)
         allowed_s = MAX_PER_BYTE_S * len(large.encode())
-        few_s = cpu_s(row.run, small, is_enough=lambda _: True)
+        few_s = cpu_s(row.run, small, is_enough=lambda seconds: seconds <= FLOOR_S)
         most_s = min(MAX_RATIO * few_s + FLOOR_S, allowed_s)
         many_s = cpu_s(row.run, large, is_enough=lambda seconds, most_s=most_s: seconds <= most_s)  # type: ignore[misc]
         assert many_s <= most_s, (
