@@ -46,17 +46,18 @@ def start(reader: str, without: Sequence[str]) -> None:
     found = runpy.run_path(reader)
     found["find_modules"]()
     from chains.documents import sandbox
+    from chains.documents.formats import FileText
 
     for name in without:
         setattr(sandbox, name, lambda **_: 0)
     names = found["main"].__globals__
     names["load"] = load
 
-    def answer(content: bytes, _limits: dict[str, Any]) -> dict[str, Any]:
+    def answer(content: bytes, _limits: dict[str, Any]) -> Any:
         if not content:  # the reader of the other tenant
             os._exit(0)
         reached = sorted(reached_of(Targets(**json.loads(content))))
-        return {"title": "", "text": json.dumps(reached), "kind": "text", "pages": None}
+        return FileText(title="", text=json.dumps(reached), kind="text", pages=None)
 
     names["answer"] = answer
     found["main"](sys.argv[1])
