@@ -54,8 +54,6 @@ SIZES = {
 """What the C is compiled with."""
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast"),
-    # Without AVX-512, GCC 12 spends three quarters of its time on these two passes, and the code gains nothing by them.
-    *("-fno-gcse", "-fno-gcse-after-reload"),
     *("-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden"),
     *(f"-D{name}={size}" for name, size in SIZES.items()),
 )

@@ -28,9 +28,9 @@ INLINE void normalise(const Model *model, const float *weight, const float *x, i
     const int64_t hidden = model->hidden;
     const float *from = x + row * hidden;
     f32 squares = {};
-    for (int64_t i = 0; i < hidden; i += LANES) squares += load(from + i) * load(from + i);
+    for (int64_t i = 0; i < hidden; i += WIDTH) squares += load(from + i) * load(from + i);
     const float scale = 1 / sqrtf(add_up(squares) / hidden + model->epsilon);
-    for (int64_t i = 0; i < hidden; i += LANES)
+    for (int64_t i = 0; i < hidden; i += WIDTH)
         store_kind(kind, y, row * hidden + i, load(from + i) * scale * load(weight + i));
 }
 
@@ -54,9 +54,9 @@ INLINE void place(const Model *model, const Layer *layer, const int32_t *table, 
     turn(model, position, 1, heads + (model->heads + kv_head) * size, key);
     const int64_t at = (table[position / LANES] * model->kv_heads + kv_head) * size * LANES;
     if (model->kv_kind == BF16) {
-        for (int64_t i = 0; i < size; i += LANES) {
+        for (int64_t i = 0; i < size; i += WIDTH) {
             const u16 narrow_key = to_bf16(load(key + i)), narrow_value = to_bf16(load(value + i));
-            for (int64_t j = 0; j < LANES; j++) ((uint16_t *)layer->keys)[at + (i + j) * LANES + slot] = narrow_key[j];
+            for (int64_t j = 0; j < WIDTH; j++) ((uint16_t *)layer->keys)[at + (i + j) * LANES + slot] = narrow_key[j];
             memcpy((uint16_t *)layer->values + at + slot * size + i, &narrow_value, sizeof narrow_value);
         }
     } else {

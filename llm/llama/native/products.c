@@ -6,6 +6,8 @@
 
 /* ---- in float32: weights are unpacked in registers ---- */
 
+#define STRIPS (LANES / WIDTH) /* of a panel: each fills a register */
+
 /* Words of the panels, which have `stride` each, from output `strip` * WIDTH on. */
 INLINE int64_t strip_at(int strip, int64_t stride) { return strip / STRIPS * stride + strip % STRIPS * WIDTH; }
 
@@ -15,39 +17,39 @@ INLINE int64_t strip_at(int strip, int64_t stride) { return strip / STRIPS * str
    computed at a time. */
 #define TILE(PANELS, ROWS)                                                                                             \
     INLINE void tile_##PANELS##x##ROWS(const Linear *w, int kind, int64_t panel, const float *x, const float *x_sums,  \
-                                       f32 sums[PANELS][ROWS]) {                                                       \
+                                       float sums[PANELS][ROWS][LANES]) {                                              \
         enum { TAKEN = STRIPS == 1 ? PANELS : LEAST(PANELS * STRIPS, (ROWS < MOST_SUMS ? MOST_SUMS / ROWS : 1)) };     \
         const int64_t inputs = w->inputs, groups = inputs / GROUP, in_word = per_word(kind);                           \
         const int64_t stride = inputs / in_word * LANES;                                                               \
         for (int first = 0; first < PANELS * STRIPS; first += TAKEN) {                                                 \
             const uint32_t *words = w->weights + panel * stride;                                                       \
-            strip_f32 total[TAKEN][ROWS] = {};                                                                         \
+            f32 total[TAKEN][ROWS] = {};                                                                               \
             if (kind == F32 || kind == BF16) {                                                                         \
                 for (int64_t k = 0; k < inputs; k += in_word, words += LANES)                                          \
                     UNROLL for (int s = 0; s < TAKEN; s++) {                                                           \
-                        const strip_u32 word = load_words(words + strip_at(first + s, stride));                        \
+                        const u32 word = load_words(words + strip_at(first + s, stride));                              \
                         UNROLL for (int i = 0; i < in_word; i++) {                                                     \
-                            const strip_f32 weight = input_of(kind, word, i);                                          \
+                            const f32 weight = input_of(kind, word, i);                                                \
                             UNROLL for (int r = 0; r < ROWS; r++) total[s][r] += weight * x[r * inputs + k + i];       \
                         }                                                                                              \
                     }                                                                                                  \
             } else {                                                                                                   \
                 const int per_group = kind == INT8 ? 1 : 2; /* vectors of scales */                                    \
                 for (int64_t g = 0; g < groups; g++) {                                                                 \
-                    strip_f32 part[TAKEN][ROWS] = {};                                                                  \
+                    f32 part[TAKEN][ROWS] = {};                                                                        \
                     for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += in_word, words += LANES)                     \
                         UNROLL for (int i = 0; i < in_word; i++)                                                       \
                             UNROLL for (int s = 0; s < TAKEN; s++) {                                                   \
-                                const strip_f32 q = input_of(kind, load_words(words + strip_at(first + s, stride)), i);\
+                                const f32 q = input_of(kind, load_words(words + strip_at(first + s, stride)), i);      \
                                 UNROLL for (int r = 0; r < ROWS; r++) part[s][r] += q * x[r * inputs + k + i];         \
                             }                                                                                          \
                     UNROLL for (int s = 0; s < TAKEN; s++) {                                                           \
                         const uint16_t *scales = w->scales + (panel * groups + g) * per_group * LANES +                \
                                                  strip_at(first + s, groups * per_group * LANES);                      \
-                        const strip_f32 scale = load_f16(scales);                                                      \
+                        const f32 scale = load_f16(scales);                                                            \
                         UNROLL for (int r = 0; r < ROWS; r++) total[s][r] += scale * part[s][r];                       \
                         if (kind == INT4) {                                                                            \
-                            const strip_f32 minimum = load_f16(scales + LANES);                                        \
+                            const f32 minimum = load_f16(scales + LANES);                                              \
                             UNROLL for (int r = 0; r < ROWS; r++) total[s][r] += minimum * x_sums[r * groups + g];     \
                         }                                                                                              \
                     }                                                                                                  \
@@ -55,8 +57,7 @@ INLINE int64_t strip_at(int strip, int64_t stride) { return strip / STRIPS * str
             }                                                                                                          \
             UNROLL for (int s = 0; s < TAKEN; s++)                                                                     \
                 UNROLL for (int r = 0; r < ROWS; r++)                                                                  \
-                    memcpy((float *)&sums[(first + s) / STRIPS][r] + (first + s) % STRIPS * WIDTH, &total[s][r],       \
-                           sizeof(strip_f32));                                                                         \
+                    store(&sums[(first + s) / STRIPS][r][(first + s) % STRIPS * WIDTH], total[s][r]);                  \
         }                                                                                                              \
     }
 
@@ -68,39 +69,45 @@ TILE(4, 4)
 TILE(2, 4)
 TILE(2, 8)
 
-INLINE void put(const Linear *w, enum then then, int64_t panel, f32 sum, float *y) {
-    if (w->bias) sum += load(w->bias + panel * LANES);
-    if ((panel + 1) * LANES > w->outputs) { /* the last panels are filled up with zeros */
-        float rest[LANES];
-        store(rest, sum);
-        for (int64_t i = panel * LANES; i < w->outputs; i++) y[i] = rest[i - panel * LANES];
-    } else {
-        store(y + panel * LANES, then == ADD ? load(y + panel * LANES) + sum : sum);
+INLINE void put(const Linear *w, enum then then, int64_t panel, const float *sums, float *y) {
+    const int64_t first = panel * LANES;
+    if (first + LANES > w->outputs) { /* the last panels are filled up with zeros */
+        for (int64_t i = first; i < w->outputs; i++) y[i] = sums[i - first] + (w->bias ? w->bias[i] : 0);
+        return;
+    }
+    UNROLL for (int i = 0; i < LANES; i += WIDTH) {
+        f32 sum = load(sums + i);
+        if (w->bias) sum += load(w->bias + first + i);
+        store(y + first + i, then == ADD ? load(y + first + i) + sum : sum);
     }
 }
 
-/* Finish the first `rows` of `panels` x `stride` sums, which begin at `panel`; y begins at their first row. `kind` is
-   how GATE stores. */
+/* Finish the first `rows` of `panels` x `stride` sums of 16 outputs, which begin at `panel`; y begins at their first
+   row. `kind` is how GATE stores. */
 INLINE void finish(const Linear *w, enum then then, int kind, int64_t panel, int panels, int64_t rows, int64_t stride,
-                   const f32 *sums, void *y, int64_t y_stride) {
+                   const float *sums, void *y, int64_t y_stride) {
     for (int64_t r = 0; r < rows; r++) {
-        if (then == GATE) {
-            for (int p = 0; p < panels; p += 2) {
-                f32 gate = sums[p * stride + r], up = sums[(p + 1) * stride + r];
-                if (w->bias) gate += load(w->bias + (panel + p) * LANES), up += load(w->bias + (panel + p + 1) * LANES);
-                store_kind(kind, y, r * y_stride + (panel + p) / 2 * LANES, gate / (1 + power_of_e(-gate)) * up);
+        for (int p = 0; p < panels; p += then == GATE ? 2 : 1) {
+            const float *of_panel = sums + (p * stride + r) * LANES;
+            if (then != GATE) {
+                put(w, then, panel + p, of_panel, (float *)y + r * y_stride);
+                continue;
             }
-        } else {
-            for (int p = 0; p < panels; p++) put(w, then, panel + p, sums[p * stride + r], (float *)y + r * y_stride);
+            const float *bias = w->bias + (panel + p) * LANES;
+            UNROLL for (int i = 0; i < LANES; i += WIDTH) {
+                f32 gate = load(of_panel + i), up = load(of_panel + stride * LANES + i);
+                if (w->bias) gate += load(bias + i), up += load(bias + LANES + i);
+                store_kind(kind, y, r * y_stride + (panel + p) / 2 * LANES + i, gate / (1 + power_of_e(-gate)) * up);
+            }
         }
     }
 }
 
 #define RUN(PANELS, ROWS)                                                                                              \
     do {                                                                                                               \
-        f32 sums[PANELS][ROWS];                                                                                        \
+        float sums[PANELS][ROWS][LANES];                                                                               \
         tile_##PANELS##x##ROWS(w, kind, panel, x + row * inputs, x_sums + row * groups, sums);                         \
-        finish(w, then, F32, panel, PANELS, ROWS, ROWS, &sums[0][0], y + row * y_stride, y_stride);                    \
+        finish(w, then, F32, panel, PANELS, ROWS, ROWS, &sums[0][0][0], y + row * y_stride, y_stride);                 \
     } while (0)
 
 INLINE void multiply_kind(const Linear *w, int kind, enum then then, int64_t rows, const float *x, float *y,
@@ -108,8 +115,11 @@ INLINE void multiply_kind(const Linear *w, int kind, enum then then, int64_t row
     const int64_t inputs = w->inputs, groups = inputs / GROUP, panels = (w->outputs + 2 * LANES - 1) / (2 * LANES) * 2;
     float x_sums[kind == INT4 ? rows * groups : 1];
     if (kind == INT4)
-        for (int64_t i = 0; i < rows * groups; i++)
-            x_sums[i] = add_up(load(x + i * GROUP) + load(x + i * GROUP + GROUP / 2));
+        for (int64_t i = 0; i < rows * groups; i++) {
+            f32 sum = load(x + i * GROUP);
+            for (int j = WIDTH; j < GROUP; j += WIDTH) sum += load(x + i * GROUP + j);
+            x_sums[i] = add_up(sum);
+        }
     const int64_t share = rows == 1 || rows >= 8 ? 8 : 4; /* panels that one thread takes at a time */
 #pragma omp for schedule(dynamic, 1)
     for (int64_t first = 0; first < panels; first += share) {
@@ -207,7 +217,7 @@ static void multiply_narrow(const Linear *w, enum then then, int64_t rows, const
             void *first = then == GATE ? (void *)((uint16_t *)y + row * y_stride) : (float *)y + row * y_stride;
             f32 sums[2][TOKENS];
             tile_narrow(w->inputs, words, x + row * w->inputs, sums);
-            finish(w, then, BF16, panel, 2, take, TOKENS, &sums[0][0], first, y_stride);
+            finish(w, then, BF16, panel, 2, take, TOKENS, (const float *)sums, first, y_stride);
         }
     }
 }

@@ -17,21 +17,23 @@ typedef struct {
     uint32_t *panels;  /* [thread][widest input][LANES]: weights, unpacked */
 } Prompt;
 
-/* `WIDTH` vectors of values from dimension `i` on, weighted and added to `out` [token][head_dim]. */
-#define WEIGH_TILE(WIDTH)                                                                                              \
+#define VECTORS_AT_ONCE (MOST_SUMS < 16 ? 1 : 2) /* of keys or values, times TOKENS sums */
+
+/* `VECTORS` vectors of values from dimension `i` on, weighted and added to `out` [token][head_dim]. */
+#define WEIGH_TILE(VECTORS)                                                                                            \
     {                                                                                                                  \
-        f32 mixed[TOKENS][WIDTH];                                                                                      \
+        f32 mixed[TOKENS][VECTORS];                                                                                    \
         UNROLL for (int r = 0; r < TOKENS; r++)                                                                        \
-            UNROLL for (int j = 0; j < WIDTH; j++) mixed[r][j] = load(out[r] + i + j * LANES) * fade[r];               \
+            UNROLL for (int j = 0; j < VECTORS; j++) mixed[r][j] = load(out[r] + i + j * WIDTH) * fade[r];             \
         for (int64_t t = 0; t < length; t++) {                                                                         \
             const int64_t block = table[(span + t) / LANES] * model->kv_heads + kv_head;                               \
-            UNROLL for (int j = 0; j < WIDTH; j++) {                                                                   \
-                const f32 value = load_kind(kind, layer->values, (block * LANES + t % LANES) * size + i + j * LANES);  \
+            UNROLL for (int j = 0; j < VECTORS; j++) {                                                                 \
+                const f32 value = load_kind(kind, layer->values, (block * LANES + t % LANES) * size + i + j * WIDTH);  \
                 UNROLL for (int r = 0; r < TOKENS; r++) mixed[r][j] += value * scores[r][t];                           \
             }                                                                                                          \
         }                                                                                                              \
         UNROLL for (int r = 0; r < TOKENS; r++)                                                                        \
-            UNROLL for (int j = 0; j < WIDTH; j++) store(out[r] + i + j * LANES, mixed[r][j]);                         \
+            UNROLL for (int j = 0; j < VECTORS; j++) store(out[r] + i + j * WIDTH, mixed[r][j]);                       \
     }
 
 /* One head of up to TOKENS tokens, over all keys up to themselves. A span of keys at a time: what was weighted before
@@ -46,40 +48,42 @@ INLINE void read_tile(const Model *model, const Layer *layer, int kind, const Pr
     float scores[TOKENS][SPAN + LANES] __attribute__((aligned(64))); /* not at distances that share a place in caches */
     float highest[TOKENS], sums[TOKENS] = {}, fade[TOKENS];
     i32 lanes;
-    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    for (int i = 0; i < WIDTH; i++) lanes[i] = i;
     for (int r = 0; r < TOKENS; r++) highest[r] = -INFINITY;
     for (int r = 0; r < rows; r++)
         turn(model, start + r, 1 / sqrtf(size), prompt->qkv + (row + r) * stride + head * size, queries[r]);
     for (int64_t span = 0; span < end; span += SPAN) {
         const int64_t length = end - span < SPAN ? end - span : SPAN;
         /* Scores; -infinity for keys that come after a token. */
-        for (int64_t t = 0; t < length; t += 2 * LANES) {
-            const int64_t next = t + LANES < length ? t + LANES : t; /* beyond the end: computed in vain */
-            const int64_t at = (table[(span + t) / LANES] * model->kv_heads + kv_head) * size * LANES;
-            const int64_t next_at = (table[(span + next) / LANES] * model->kv_heads + kv_head) * size * LANES;
-            f32 score[2][TOKENS] = {};
-            for (int64_t i = 0; i < size; i++) {
-                const f32 key = load_kind(kind, layer->keys, at + i * LANES);
-                const f32 next_key = load_kind(kind, layer->keys, next_at + i * LANES);
-                UNROLL for (int r = 0; r < TOKENS; r++) {
-                    score[0][r] += key * queries[r][i];
-                    score[1][r] += next_key * queries[r][i];
-                }
+        const int64_t padded = (length + LANES - 1) / LANES * LANES;
+        for (int64_t t = 0; t < padded; t += VECTORS_AT_ONCE * WIDTH) {
+            int64_t at[VECTORS_AT_ONCE];
+            UNROLL for (int j = 0; j < VECTORS_AT_ONCE; j++) {
+                const int64_t key = t + j * WIDTH < padded ? t + j * WIDTH : t; /* beyond the end: computed in vain */
+                at[j] = (table[(span + key) / LANES] * model->kv_heads + kv_head) * size * LANES + key % LANES;
             }
-            UNROLL for (int j = 0; j < 2; j++)
+            f32 score[VECTORS_AT_ONCE][TOKENS] = {};
+            for (int64_t i = 0; i < size; i++) {
+                f32 key[VECTORS_AT_ONCE];
+                UNROLL for (int j = 0; j < VECTORS_AT_ONCE; j++)
+                    key[j] = load_kind(kind, layer->keys, at[j] + i * LANES);
+                UNROLL for (int r = 0; r < TOKENS; r++)
+                    UNROLL for (int j = 0; j < VECTORS_AT_ONCE; j++) score[j][r] += key[j] * queries[r][i];
+            }
+            UNROLL for (int j = 0; j < VECTORS_AT_ONCE; j++)
                 UNROLL for (int r = 0; r < TOKENS; r++) {
-                    const i32 is_known = lanes + (int)(span + t + j * LANES - start) <= r;
+                    const i32 is_known = lanes + (int)(span + t + j * WIDTH - start) <= r;
                     const f32 none = (f32){} - INFINITY;
-                    store(scores[r] + t + j * LANES, (f32)(((i32)score[j][r] & is_known) | ((i32)none & ~is_known)));
+                    store(scores[r] + t + j * WIDTH, (f32)(((i32)score[j][r] & is_known) | ((i32)none & ~is_known)));
                 }
         }
         /* Weights, by the highest score so far. */
         for (int r = 0; r < TOKENS; r++) {
             f32 greatest = (f32){} - INFINITY, sum = {};
-            for (int64_t t = 0; t < length; t += LANES) greatest = greater(greatest, load(scores[r] + t));
+            for (int64_t t = 0; t < length; t += WIDTH) greatest = greater(greatest, load(scores[r] + t));
             float most = highest[r];
-            for (int i = 0; i < LANES; i++) most = greatest[i] > most ? greatest[i] : most;
-            for (int64_t t = 0; t < length; t += LANES) {
+            for (int i = 0; i < WIDTH; i++) most = greatest[i] > most ? greatest[i] : most;
+            for (int64_t t = 0; t < length; t += WIDTH) {
                 const f32 score = load(scores[r] + t);
                 const i32 is_known = score > (f32){} - INFINITY;
                 const f32 weight = (f32)((i32)power_of_e(score - most) & is_known);
@@ -91,15 +95,15 @@ INLINE void read_tile(const Model *model, const Layer *layer, int kind, const Pr
             highest[r] = most;
         }
         /* Values. */
-        if (size % (2 * LANES) == 0)
-            for (int64_t i = 0; i < size; i += 2 * LANES)
-                WEIGH_TILE(2)
+        if (size % (VECTORS_AT_ONCE * WIDTH) == 0)
+            for (int64_t i = 0; i < size; i += VECTORS_AT_ONCE * WIDTH)
+                WEIGH_TILE(VECTORS_AT_ONCE)
         else
-            for (int64_t i = 0; i < size; i += LANES)
+            for (int64_t i = 0; i < size; i += WIDTH)
                 WEIGH_TILE(1)
     }
     for (int r = 0; r < rows; r++)
-        for (int64_t i = 0; i < size; i += LANES)
+        for (int64_t i = 0; i < size; i += WIDTH)
             store_kind(kind_of_inputs(model->kv_kind), prompt->input, ((row + r) * model->heads + head) * size + i,
                        load(out[r] + i) / sums[r]);
 }

@@ -23,63 +23,64 @@ typedef struct {
     float *logits;  /* [row][vocabulary] */
 } Step;
 
-/* Values of `WIDTH` vectors of dimensions from `i` on, weighted and added up. */
-#define WEIGH(GROUPED, WIDTH)                                                                                          \
+/* Values of `VECTORS` vectors of dimensions from `i` on, weighted and added up. */
+#define WEIGH(GROUPED, VECTORS)                                                                                        \
     {                                                                                                                  \
-        f32 mixed[GROUPED][WIDTH] = {};                                                                                \
+        f32 mixed[GROUPED][VECTORS] = {};                                                                              \
         for (int64_t t = 0; t < length; t++) {                                                                         \
             const int64_t at =                                                                                         \
                 ((table[(first + t) / LANES] * model->kv_heads + kv_head) * LANES + t % LANES) * size + i;             \
-            UNROLL for (int j = 0; j < WIDTH; j++) {                                                                   \
-                const f32 value = load_kind(kind, layer->values, at + j * LANES);                                      \
+            UNROLL for (int j = 0; j < VECTORS; j++) {                                                                 \
+                const f32 value = load_kind(kind, layer->values, at + j * WIDTH);                                      \
                 UNROLL for (int g = 0; g < GROUPED; g++) mixed[g][j] += value * scores[g][t];                          \
             }                                                                                                          \
         }                                                                                                              \
         UNROLL for (int g = 0; g < GROUPED; g++)                                                                       \
-            UNROLL for (int j = 0; j < WIDTH; j++) store(out + g * out_stride + i + j * LANES, mixed[g][j]);           \
+            UNROLL for (int j = 0; j < VECTORS; j++) store(out + g * out_stride + i + j * WIDTH, mixed[g][j]);         \
     }
 
-/* Queries of `GROUPED` heads, which share a key-value head, over the keys `first` to `end` of a row. Blocks of keys are
-   taken four at a time, and values 64 dimensions at a time: sums that do not wait for one another. */
+/* Queries of `GROUPED` heads, which share a key-value head, over the keys `first` to `end` of a row. Several vectors
+   of keys or values are taken at a time: sums that do not wait for one another. */
 #define ATTEND(GROUPED)                                                                                                \
     INLINE void attend_##GROUPED(const Model *model, const Layer *layer, int kind, const int32_t *table,               \
                                  int64_t kv_head, const float *queries, int64_t first, int64_t end, float *out,        \
                                  int64_t out_stride) {                                                                 \
+        enum { VECTORS = WIDTH == LANES ? 4 : MOST_SUMS / (GROUPED > 2 ? 4 : GROUPED) };                               \
         const int64_t size = model->head_dim, length = end - first;                                                    \
         float scores[GROUPED][SPAN] __attribute__((aligned(64)));                                                      \
         f32 highest[GROUPED];                                                                                          \
         UNROLL for (int g = 0; g < GROUPED; g++) highest[g] = (f32){} - INFINITY;                                      \
-        for (int64_t t = 0; t < length; t += 4 * LANES) {                                                              \
-            int64_t at[4], soon[4];                                                                                    \
-            UNROLL for (int j = 0; j < 4; j++) {                                                                       \
-                const int64_t key = t + j * LANES < length ? t + j * LANES : t; /* beyond the end: computed in vain */ \
-                at[j] = (table[(first + key) / LANES] * model->kv_heads + kv_head) * size * LANES;                     \
-                const int64_t later = key + 4 * LANES < length ? key + 4 * LANES : key;                                \
-                soon[j] = (table[(first + later) / LANES] * model->kv_heads + kv_head) * size * LANES;                 \
+        for (int64_t t = 0; t < length; t += VECTORS * WIDTH) {                                                        \
+            int64_t at[VECTORS], soon[VECTORS];                                                                        \
+            UNROLL for (int j = 0; j < VECTORS; j++) {                                                                 \
+                const int64_t key = t + j * WIDTH < length ? t + j * WIDTH : t; /* beyond the end: computed in vain */ \
+                at[j] = (table[(first + key) / LANES] * model->kv_heads + kv_head) * size * LANES + key % LANES;       \
+                const int64_t later = key + VECTORS * WIDTH < length ? key + VECTORS * WIDTH : key;                    \
+                soon[j] = (table[(first + later) / LANES] * model->kv_heads + kv_head) * size * LANES + later % LANES; \
             }                                                                                                          \
-            f32 score[4][GROUPED] = {};                                                                                \
+            f32 score[VECTORS][GROUPED] = {};                                                                          \
             for (int64_t i = 0; i < size; i++)                                                                         \
-                UNROLL for (int j = 0; j < 4; j++) {                                                                   \
+                UNROLL for (int j = 0; j < VECTORS; j++) {                                                             \
                     fetch(kind, layer->values, at[j] + i * LANES);                                                     \
                     fetch(kind, layer->keys, soon[j] + i * LANES);                                                     \
                     const f32 key = load_kind(kind, layer->keys, at[j] + i * LANES);                                   \
                     UNROLL for (int g = 0; g < GROUPED; g++) score[j][g] += key * queries[g * size + i];               \
                 }                                                                                                      \
-            UNROLL for (int j = 0; j < 4; j++)                                                                         \
+            UNROLL for (int j = 0; j < VECTORS; j++)                                                                   \
                 UNROLL for (int g = 0; g < GROUPED; g++) {                                                             \
-                    float masked[LANES];                                                                               \
+                    float masked[WIDTH];                                                                               \
                     store(masked, score[j][g]);                                                                        \
-                    for (int64_t i = length - t - j * LANES; i < LANES; i++) masked[i < 0 ? 0 : i] = -INFINITY;        \
-                    const f32 kept = length - t - j * LANES < LANES ? load(masked) : score[j][g];                      \
-                    store(scores[g] + t + j * LANES, kept);                                                            \
+                    for (int64_t i = length - t - j * WIDTH; i < WIDTH; i++) masked[i < 0 ? 0 : i] = -INFINITY;        \
+                    const f32 kept = length - t - j * WIDTH < WIDTH ? load(masked) : score[j][g];                      \
+                    store(scores[g] + t + j * WIDTH, kept);                                                            \
                     highest[g] = greater(highest[g], kept);                                                            \
                 }                                                                                                      \
         }                                                                                                              \
         UNROLL for (int g = 0; g < GROUPED; g++) {                                                                     \
             float most = highest[g][0];                                                                                \
-            for (int i = 1; i < LANES; i++) most = highest[g][i] > most ? highest[g][i] : most;                        \
+            for (int i = 1; i < WIDTH; i++) most = highest[g][i] > most ? highest[g][i] : most;                        \
             f32 sum = {};                                                                                              \
-            for (int64_t t = 0; t < length; t += LANES) {                                                              \
+            for (int64_t t = 0; t < length; t += WIDTH) {                                                              \
                 const f32 weight = power_of_e(load(scores[g] + t) - most);                                             \
                 store(scores[g] + t, weight);                                                                          \
                 sum += weight;                                                                                         \
@@ -87,11 +88,11 @@ typedef struct {
             out[g * out_stride + size] = most;                                                                         \
             out[g * out_stride + size + 1] = add_up(sum);                                                              \
         }                                                                                                              \
-        if (size % (4 * LANES) == 0)                                                                                   \
-            for (int64_t i = 0; i < size; i += 4 * LANES)                                                              \
-                WEIGH(GROUPED, 4)                                                                                      \
+        if (size % (VECTORS * WIDTH) == 0)                                                                             \
+            for (int64_t i = 0; i < size; i += VECTORS * WIDTH)                                                        \
+                WEIGH(GROUPED, VECTORS)                                                                                \
         else                                                                                                           \
-            for (int64_t i = 0; i < size; i += LANES)                                                                  \
+            for (int64_t i = 0; i < size; i += WIDTH)                                                                  \
                 WEIGH(GROUPED, 1)                                                                                      \
     }
 

@@ -1,5 +1,4 @@
-/* Sixteen numbers at a time, with GCC's vector extensions, so that the compiler takes what the machine has: AVX-512,
-   AVX2, NEON.
+/* As many numbers at a time as a register holds, with GCC's vector extensions: AVX-512, AVX2, NEON.
 
    Sizes come from `kernel.py`:
    LANES         outputs in a panel of weights, and tokens in a block of keys and values: 16
@@ -15,14 +14,8 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef float f32 __attribute__((vector_size(4 * LANES)));
-typedef int32_t i32 __attribute__((vector_size(4 * LANES)));
-typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
-typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
-
-/* A strip is as many numbers as a register holds: 16, 8 or 4; a panel has STRIPS of them. GCC keeps wider vectors in
-   memory, which made a step of eight rows 13 times as slow with AVX2: hot loops take strips. MOST_SUMS strips of sums
-   are kept in registers. */
+/* Numbers in a register; sums that are kept in registers at a time. GCC keeps vectors that are wider than a register in
+   memory, which made a step of eight rows 13 times as slow with AVX2. WIDTH divides LANES. */
 #ifdef __AVX512F__
 #define WIDTH 16
 #define MOST_SUMS 16
@@ -33,11 +26,11 @@ typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
 #define WIDTH 4
 #define MOST_SUMS 16
 #endif
-#define STRIPS (LANES / WIDTH)
-typedef float strip_f32 __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t strip_i32 __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t strip_u32 __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t strip_u16 __attribute__((vector_size(2 * WIDTH)));
+
+typedef float f32 __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t i32 __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t u32 __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t u16 __attribute__((vector_size(2 * WIDTH)));
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
@@ -65,12 +58,12 @@ INLINE u32 round_bits(f32 v) { /* the upper halves become bfloat16: to nearest, 
 
 INLINE u16 to_bf16(f32 v) { return __builtin_convertvector(round_bits(v) >> 16, u16); }
 
-INLINE strip_f32 load_f16(const uint16_t *from) { /* finite numbers only */
-    strip_u16 v;
+INLINE f32 load_f16(const uint16_t *from) { /* finite numbers only */
+    u16 v;
     memcpy(&v, from, sizeof v);
-    strip_u32 bits = __builtin_convertvector(v, strip_u32);
-    strip_f32 size = (strip_f32)((bits & 0x7fff) << 13) * 0x1p112f;
-    return (strip_f32)((strip_u32)size | (bits & 0x8000) << 16);
+    u32 bits = __builtin_convertvector(v, u32);
+    f32 size = (f32)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (f32)((u32)size | (bits & 0x8000) << 16);
 }
 
 INLINE f32 load_kind(int kind, const void *from, int64_t at) {
@@ -91,8 +84,8 @@ INLINE void store_kind(int kind, void *to, int64_t at, f32 v) {
     }
 }
 
-INLINE strip_u32 load_words(const uint32_t *from) {
-    strip_u32 v;
+INLINE u32 load_words(const uint32_t *from) {
+    u32 v;
     memcpy(&v, from, sizeof v);
     return v;
 }
@@ -101,19 +94,19 @@ INLINE strip_u32 load_words(const uint32_t *from) {
 INLINE int per_word(int kind) { return kind == F32 ? 1 : kind == BF16 ? 2 : kind == INT8 ? 4 : 8; }
 
 /* The `i`th input of words: a weight, or the whole number that stands for it in its group. */
-INLINE strip_f32 input_of(int kind, strip_u32 words, int i) {
+INLINE f32 input_of(int kind, u32 words, int i) {
     switch (kind) {
-        case F32: return (strip_f32)words;
-        case BF16: return (strip_f32)(i ? words & 0xffff0000 : words << 16);
-        case INT8: return __builtin_convertvector((strip_i32)(words << (24 - 8 * i)) >> 24, strip_f32);
-        default: return __builtin_convertvector((strip_i32)(words >> 4 * i & 15), strip_f32);
+        case F32: return (f32)words;
+        case BF16: return (f32)(i ? words & 0xffff0000 : words << 16);
+        case INT8: return __builtin_convertvector((i32)(words << (24 - 8 * i)) >> 24, f32);
+        default: return __builtin_convertvector((i32)(words >> 4 * i & 15), f32);
     }
 }
 
 INLINE float add_up(f32 v) {
-    float sums[LANES];
+    float sums[WIDTH];
     memcpy(sums, &v, sizeof v);
-    for (int width = LANES / 2; width; width /= 2)
+    for (int width = WIDTH / 2; width; width /= 2)
         for (int i = 0; i < width; i++) sums[i] += sums[i + width];
     return sums[0];
 }
