@@ -51,6 +51,11 @@ BODY_WAIT_S = 0.5
 CHUNK_ALLOWANCE = 16
 """Bytes of framing that a chunk of a body may have, besides twice its size. What exceeds that adds up to `MAX_HEAD`."""
 
+SMALL_CHUNK = 64
+MAX_SMALL_CHUNKS = 8_192
+"""Chunks of a body, beyond one for each `SMALL_CHUNK` of its bytes. Each costs a call, whatever its size: 300,000
+chunks of one byte held all other connections up for 0.25 s."""
+
 MAX_CONNECTIONS = 65_536
 
 LOOKS_PER_TIMEOUT = 4
@@ -71,6 +76,12 @@ TOO_MANY_HEADERS = Problem(
     431, "head_too_large", f"a request may have at most {MAX_HEADERS} headers and trailers, this request has more"
 )
 BAD_REQUEST = Problem(400, "bad_request", "this is not a valid HTTP request")
+CHUNKS_TOO_SMALL = Problem(
+    400,
+    "chunks_too_small",
+    f"a body may have at most {MAX_SMALL_CHUNKS} chunks more than one for each {SMALL_CHUNK} of its bytes, "
+    "this one has more: send it in larger chunks",
+)
 
 
 def timed_protocol(idle_timeout_s: float, max_connections: int = MAX_CONNECTIONS) -> type[HttpToolsProtocol]:
@@ -109,7 +120,7 @@ def allow_many() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-class HeadTooLarge(Exception):
+class LimitExceeded(Exception):
     """From within the parser: a limit is exceeded."""
 
     def __init__(self, problem: Problem = HEAD_TOO_LARGE) -> None:
@@ -134,6 +145,7 @@ class Connection(HttpToolsProtocol):
         self._head_since: float | None = None  # when the head now awaited began; None between requests and in bodies
         self._num_loose = 0  # bytes since a head began; in a body, its framing beyond what each chunk may have
         self._num_headers = 0
+        self._num_small = 0.0  # chunks beyond what a body of its size may have
         self._body: list[bytes] = []  # pieces that the application does not know of yet
         self._body_size = 0
         self._body_timer: TimerHandle | None = None
@@ -170,6 +182,7 @@ class Connection(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         self._num_loose += len(data)
+        self._num_small = max(0.0, self._num_small - 1)  # a body that is not chunked comes once per call
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -179,7 +192,7 @@ class Connection(HttpToolsProtocol):
                 self.cycle.keep_alive = False  # its sender may ask again elsewhere; see `on_message_begin`
                 self._is_refused = True
                 return
-            self._refuse(error.__context__.problem if isinstance(error.__context__, HeadTooLarge) else BAD_REQUEST)
+            self._refuse(error.__context__.problem if isinstance(error.__context__, LimitExceeded) else BAD_REQUEST)
         else:
             if self._num_loose > MAX_HEAD:
                 self._refuse(HEAD_TOO_LARGE)
@@ -192,6 +205,7 @@ class Connection(HttpToolsProtocol):
         self._drop_body()
         self._num_loose = 0  # what is read along with a head's first byte may not be its own, and is not counted
         self._num_headers = 0
+        self._num_small = 0.0
         self.scope["state"][PEER] = self.client
         if self._head_since is None:
             self._head_since = self.loop.time()
@@ -199,23 +213,23 @@ class Connection(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         if len(self.url) + len(url) > MAX_URL:
             message = f"a URL may have at most {MAX_URL} bytes, this request has a longer one"
-            raise HeadTooLarge(Problem(414, "url_too_long", message))
+            raise LimitExceeded(Problem(414, "url_too_long", message))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_headers += 1
         if self._num_headers > MAX_HEADERS:
-            raise HeadTooLarge(TOO_MANY_HEADERS)
+            raise LimitExceeded(TOO_MANY_HEADERS)
         if (size := len(name) + len(value)) > MAX_HEADER:
             named = name[:MAX_NAME].decode("latin-1")
             message = f"a header may have at most {MAX_HEADER} bytes, the header {named!r} has {size}"
-            raise HeadTooLarge(Problem(431, "head_too_large", message))
+            raise LimitExceeded(Problem(431, "head_too_large", message))
         if self._head_since is not None:  # else it is a trailer, which is not used
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if len(self.url) + sum(map(len, chain.from_iterable(self.headers))) > MAX_HEAD:
-            raise HeadTooLarge
+            raise LimitExceeded
         super().on_headers_complete()
         self._head_since = None
         self._num_loose = 0
@@ -224,6 +238,9 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._num_loose = max(0, self._num_loose - CHUNK_ALLOWANCE - 3 * len(body))  # once for the body itself
+        self._num_small = max(0.0, self._num_small + 1 - len(body) / SMALL_CHUNK)
+        if self._num_small > MAX_SMALL_CHUNKS:
+            raise LimitExceeded(CHUNKS_TOO_SMALL)
         self._body.append(body)
         self._body_size += len(body)
         if self._body_size >= BODY_PIECE:
@@ -297,7 +314,7 @@ class Connection(HttpToolsProtocol):
                 self._refuse(Problem(408, "timeout", said))
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer what is no request to the application, and close. Amid another answer, only close."""
+        """Answer in place of the application, which gets a disconnect, and close. If it has begun an answer, only close."""
         request_id = uuid.uuid4().hex
         # Its message may quote a header's name.
         reason = problem.kind if problem.status == 431 else problem.message
@@ -305,8 +322,12 @@ class Connection(HttpToolsProtocol):
         self._is_refused, self._head_since = True, None
         self.limit.release_head(self)
         if self._is_answering():
-            self.transport.close()
-            return
+            if self.cycle.response_started or not self.cycle.more_body:
+                self.transport.close()
+                return
+            self._drop_body()
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.url, self.headers, self.scope = b"", [], None  # type: ignore[assignment]  # they may be large
         body = json.dumps(problem.body(request_id)).encode()
         headers = [
