@@ -242,10 +242,13 @@ class Translator:
         if finish_reasons:
             second.finish_reason = "length" if "length" in finish_reasons else finish_reasons[-1]
         second.mended = mended
-        if not second.problems and self._is_untranslated(segment.words, mended):
+        await run_cancellable(self._add_faults, second, segment)
+        yield second
+
+    def _add_faults(self, second: Attempt, segment: Segment) -> None:
+        if not second.problems and self._is_untranslated(segment.words, second.mended or ""):
             second.problems.append(UNTRANSLATED)
         second.problems += faults(segment.words, second.text, is_line=segment.is_line)
-        yield second
 
     def _ask(
         self, words: str, name: str, *, before: str = "", after: str = "", times: int = 1

@@ -189,6 +189,8 @@ def text_of(result: FileText | Refusal) -> FileText:
     """Return a text; raise UnreadableFile or TooLarge if there is none."""
     if isinstance(result, Refusal):
         raise (TooLarge if result.refused == "TooLarge" else UnreadableFile)(FIELD, result.message)
+    if not result.text.strip():  # which no reader of ours answers
+        raise UnreadableFile(FIELD, "the file's reader answered without a text")
     return result
 
 

@@ -18,6 +18,9 @@ ANSWER_TOKENS = 1024
 WINDOW = 65_536
 """Characters that are tokenized at once: a tokenizer takes hundreds of bytes of memory for each."""
 
+FRAME = 64
+"""Characters that templates write around a message, about."""
+
 
 class Measure:
     """Counts tokens of one model. Each count is a checkpoint: work of a request ends there once it was cancelled."""
@@ -40,13 +43,13 @@ class Measure:
     def count_messages(self, messages: Sequence[BaseMessage]) -> int:
         """Tokens of a prompt; of a model that cannot say, what LangChain takes for likely.
 
-        A prompt of more than `WINDOW` characters is counted piece by piece, as one count cannot be interrupted. The
-        model's template then counts a few tokens too many for each message.
+        A prompt of more than about `WINDOW` characters is counted piece by piece, as one count cannot be interrupted.
+        The model's template then counts a few tokens too many for each message.
         """
         checkpoint()
         if not self._can_count_messages:
             return count_tokens_approximately(messages)
-        if self._can_count and sum(len(message.text) for message in messages) > WINDOW:
+        if self._can_count and sum(len(message.text) + FRAME for message in messages) > WINDOW:
             frame = self.count_messages([HumanMessage("?")])
             return sum(frame + self.count_up_to(message.text, sys.maxsize) for message in messages)
         return self._model.get_num_tokens_from_messages(list(messages))

@@ -154,7 +154,7 @@ class Door:
             value = await run(validate, call.at, chain.input_type, call.input, size=size)
             prepared = await self._prepare(call, value, reader)
             if prepared is not value:
-                size += _num_bytes(prepared.model_dump(mode="json", exclude_unset=True, exclude_none=True))
+                size += await run(_num_bytes_added, prepared, size=size)
                 body.resize(size)
             ready.append(replace(call, input=self._passed(call, value, prepared)))
             first = await run(_count, chain, self._check, call, prepared, size=size)
@@ -233,8 +233,14 @@ def _memory(value: Any) -> int:
     return sys.getsizeof(value) if isinstance(value, str) else 0
 
 
+def _num_bytes_added(prepared: BaseModel) -> int:
+    """Bytes of all texts of an input, with what was read from its files."""
+    return _num_bytes(prepared.model_dump(mode="json", exclude_unset=True, exclude_none=True))
+
+
 def _num_bytes(value: Any) -> int:
     """Bytes of all texts in a JSON value."""
+    checkpoint()
     if isinstance(value, dict | list):
         return sum(map(_num_bytes, value.values() if isinstance(value, dict) else value))
     return len(value.encode()) if isinstance(value, str) else 0

@@ -7,6 +7,7 @@ process counts for itself: a service without limits would be worse, and one that
 import asyncio
 import logging
 import math
+import re
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable
@@ -53,9 +54,16 @@ return 1
 """Takes a place for a request, unless a key has all of its own: one that a process took and died with ends in time."""
 
 
+RATE = re.compile(r"[1-9]\d*\s*(?:/|per)\s*(?:[1-9]\d*\s*)?(?:second|minute|hour|day|month|year)s?", re.IGNORECASE)
+
+
 def parse_rate(rate: str) -> RateLimitItem | None:
     """`6000/minute`, `10 per second`, …; empty: no limit. Raises ValueError."""
-    return parse(rate) if rate.strip() else None
+    if not rate.strip():
+        return None
+    if not RATE.fullmatch(rate.strip()):
+        raise ValueError(f"must be a rate of at least one call, like 6000/minute or 10 per 5 seconds, got {rate!r}")
+    return parse(rate)
 
 
 class Quota(Protocol):

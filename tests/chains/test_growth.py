@@ -119,7 +119,9 @@ terms = {"a " * length: "b" for length in range(1, 51)} | {"a" * length + "b": "
 wish = Wish(source=None, target=find_language("de"), formality=None, glossary=terms)
 model = MarkingModel(answer=str.upper)
 translating, summarizing = translate.build(model), summarize.build(model)
-special = llm_prompt._any_of(["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"])
+special = llm_prompt._any_of(
+    ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", *(f"<|reserved_special_token_{n}|>" for n in range(253))]
+)
 
 MARKDOWN_UNITS = (
     *(
@@ -434,7 +436,7 @@ ROWS = (
     Row(
         "llm.prompt._any_of",
         lambda text: special.sub("", text),
-        ("<|", "<|eot_id|", "<", "<|start_header_id"),
+        ("<|", "<|eot_id|", "<", "<|start_header_id", "<|reserved_special_token_"),
         size=20_000,
     ),
 )
@@ -456,6 +458,7 @@ NOT_OF_USERS = {
     "service.entry.keys.GIVEN_KEY": "one class from one place on: a key that is made or configured",
     "service.pages.playground.INLINE_SCRIPT": "a page that comes with LangServe",
     "llm.references._REPOSITORY": "a setting",
+    "service.entry.quota.RATE": "a setting",
     "llm.prompt._Encoder.__init__": "the server's own random digits, and five more",
     "llm.scripted_engine._last_message": "a model for tests",
 }
@@ -573,8 +576,16 @@ def test_a_quadratic_pattern_fails() -> None:
 
     slow = re.compile(r"`{3,}(?![^\n]*`)")
     row = Row("slow", slow.match, ("`",), end="x`", size=4_000)
-    with pytest.raises(AssertionError, match="for 4 times as much"):
+    # A machine may slow down while the smaller text is measured.
+    assert any(is_refused(row) for _ in range(5))
+
+
+def is_refused(row: Row) -> bool:
+    try:
         test_four_times_as_much_costs_four_times_as_much(row)
+    except AssertionError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("unit", ["`", "1\n\n", "> a\n", "[a]: b\n", "<em>", "{a, plural,"])

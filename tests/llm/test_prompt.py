@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm.errors import InvalidMessage, UnsupportedModel
-from llm.prompt import count, count_shared, encode, encode_text
+from llm.prompt import _any_of, count, count_shared, encode, encode_text
 
 # A Llama-2-like format: the system text inside of the first user turn, roles that must alternate, specials that are
 # written in the middle of a line.
@@ -539,3 +539,15 @@ def test_what_is_shared_is_never_more_than_the_prompt(llama3: PreTrainedTokenize
 
     assert count_shared(llama3, [marked("")], ids[:5]) == 5
     assert count_shared(llama3, [marked("")], []) == 0
+
+
+@given(spellings=st.lists(st.text("ab|<", min_size=1, max_size=6), max_size=20), text=st.text("ab|<", max_size=40))
+def test_special_tokens_are_found_as_by_trying_the_longest_first(spellings: list[str], text: str) -> None:
+    longest_first = sorted(spellings, key=len, reverse=True)
+    found, start = [], 0
+    while start < len(text):
+        match = next((each for each in longest_first if text.startswith(each, start)), None)
+        if match is not None:
+            found.append((start, match))
+        start += len(match or "?")
+    assert [(match.start(), match[0]) for match in _any_of(spellings).finditer(text)] == found
