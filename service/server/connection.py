@@ -314,7 +314,7 @@ class Connection(HttpToolsProtocol):
                 self._refuse(Problem(408, "timeout", said))
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer in place of the application, which gets a disconnect, and close. Only close if it has begun an answer."""
+        """Answer in place of the application, which gets a disconnect, and close. Amid an answer, only close."""
         request_id = uuid.uuid4().hex
         # Its message may quote a header's name.
         reason = problem.kind if problem.status == 431 else problem.message
