@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from chains import Chain, chat
 from chains.conversation import trim
-from chains.documents.measure import ANSWER_TOKENS
+from chains.documents.measure import ANSWER_TOKENS, WINDOW, Measure
 from chains.errors import InputError
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
 from llm.errors import ContextOverflow
@@ -585,3 +585,16 @@ def test_the_options_are_the_chats_and_the_models_and_only_those_go_to_the_model
 def test_an_unknown_way_is_refused_without_a_door_too(chain: Chain) -> None:
     with pytest.raises(InputError, match="trim or error, got 'drop'"):
         chain.runnable.invoke({"messages": talk(1)}, {"configurable": {"on_overflow": "drop"}})
+
+
+def test_thousands_of_small_messages_are_counted_in_parts() -> None:
+    """In one call, as their texts are short, what the template writes around each took a second in one piece."""
+    counted: list[str] = []
+
+    def token_ids(text: str) -> list[int]:
+        counted.append(text)
+        return [0] * len(text)
+
+    model = FakeListChatModel(responses=[""], custom_get_token_ids=token_ids)
+    assert Measure(model).count_messages([HumanMessage("a")] * 9_999) >= 9_999
+    assert max(map(len, counted)) < WINDOW
