@@ -62,7 +62,7 @@ def parse_rate(rate: str) -> RateLimitItem | None:
     if not rate.strip():
         return None
     if not RATE.fullmatch(rate.strip()):
-        raise ValueError(f"must be a rate of at least one call, like 6000/minute or 10 per 5 seconds, got {rate!r}")
+        raise ValueError("must be a rate of at least one call, like 6000/minute or 10 per 5 seconds")
     return parse(rate)
 
 

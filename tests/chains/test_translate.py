@@ -161,7 +161,7 @@ async def test_two_hundred_pages_come_out_in_order_and_each_segment_is_asked_for
 
 
 async def test_the_first_words_come_before_the_rest_is_looked_at() -> None:
-    model = MarkingModel(answer=german, delay_s=0.001)
+    model = MarkingModel(answer=german, delay_s=0.05)
     asked = {"text": pages(200), "target_language": "German", "source_language": "English"}
     async with aclosing(translate.build(model).runnable.astream(asked)) as pieces:  # type: ignore[type-var]
         first = await anext(pieces)

@@ -58,7 +58,7 @@ def test_settings_cannot_be_changed_later() -> None:
         ("timeout_s", "chat=5", "one number for all chains, got 0"),
         ("max_batch", "5,6", "one number for all chains, got 2"),
         ("max_batch", "5,chat=many", "'chat=many' is none"),
-        ("rate_limit", "many", "couldn't parse"),
+        ("rate_limit", "many", "must be a rate"),
         ("cors_origins", "https://a.example/", "is no origin"),
         ("max_batch", "5,chat=1,chat=2", "chat has two"),
         ("allowed_hosts", "a b", "is no host"),
