@@ -99,7 +99,7 @@ async def test_a_client_that_leaves_a_sync_chain_frees_its_slot_and_none_is_take
     # Also between two of its requests, before the service knows that the client has left.
     num_idle, deadline = 0, time.monotonic() + 5
     while num_idle < 10:
-        assert time.monotonic() < deadline, "the thread that nobody stopped goes on submitting"
+        assert time.monotonic() < deadline, "the sync chain still submits requests after its client left"
         await asyncio.sleep(0.02)
         num_idle = num_idle + 1 if own_server.health()["running"] == 0 else 0
 

@@ -59,7 +59,7 @@ INLINE void read_tile(const Model *model, const Layer *layer, int kind, const Pr
         for (int64_t t = 0; t < padded; t += VECTORS_AT_ONCE * WIDTH) {
             int64_t at[VECTORS_AT_ONCE];
             UNROLL for (int j = 0; j < VECTORS_AT_ONCE; j++) {
-                const int64_t key = t + j * WIDTH < padded ? t + j * WIDTH : t; /* beyond the end: computed in vain */
+                const int64_t key = t + j * WIDTH < padded ? t + j * WIDTH : t; /* padding, masked below */
                 at[j] = (table[(span + key) / LANES] * model->kv_heads + kv_head) * size * LANES + key % LANES;
             }
             f32 score[VECTORS_AT_ONCE][TOKENS] = {};

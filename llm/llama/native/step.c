@@ -53,7 +53,7 @@ typedef struct {
         for (int64_t t = 0; t < length; t += VECTORS * WIDTH) {                                                        \
             int64_t at[VECTORS], soon[VECTORS];                                                                        \
             UNROLL for (int j = 0; j < VECTORS; j++) {                                                                 \
-                const int64_t key = t + j * WIDTH < length ? t + j * WIDTH : t; /* beyond the end: computed in vain */ \
+                const int64_t key = t + j * WIDTH < length ? t + j * WIDTH : t; /* padding, masked below */            \
                 at[j] = (table[(first + key) / LANES] * model->kv_heads + kv_head) * size * LANES + key % LANES;       \
                 const int64_t later = key + VECTORS * WIDTH < length ? key + VECTORS * WIDTH : key;                    \
                 soon[j] = (table[(first + later) / LANES] * model->kv_heads + kv_head) * size * LANES + later % LANES; \
