@@ -24,6 +24,7 @@ from service.entry.keys_command import manage
 from service.records.logs import start_logging
 from service.server.connection import allow_many, keep_alive, timed_protocol
 from service.server.draining import DrainingServer
+from service.server.garbage_collection import collect_in_own_thread
 from service.settings import Settings, SettingsError, read_settings
 
 SWITCH_INTERVAL_S = 0.0005
@@ -135,7 +136,8 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
     host, port = listener.getsockname()[:2]
     scheme = "https" if config.is_ssl else "http"
     log.info("Serving on %s://%s:%s", scheme, f"[{host}]" if ":" in host else host, port)
-    server.run(sockets=[listener])
+    with collect_in_own_thread():
+        server.run(sockets=[listener])
     return server.exit_code
 
 
