@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -38,18 +39,30 @@ class WorkCancelled(BaseException):
 
 
 class _Work:
-    """One call of a function, and whether it may run now."""
+    """One call of a function, and whether it may run now.
 
-    def __init__(self, scheduler: "Scheduler", tenant: str, call: Callable[[], Any]) -> None:
+    While it runs, it refers neither to the call nor to the result. Its context refers to the work, and so does an error
+    by its frames: what the call was given would be freed by a garbage collection alone, which may come late.
+    """
+
+    def __init__(self, scheduler: "Scheduler", tenant: str, call: Callable[[], Any], result: "Future[Any]") -> None:
         self.scheduler = scheduler
         self.tenant = tenant
-        self.call = call
-        self.result: Future[Any] = Future()
-        self.result.set_running_or_notify_cancel()  # one that was cancelled could not take a result any more
+        self._job: tuple[Callable[[], Any], Future[Any]] | None = (call, result)
         self.is_cancelled = False
         self.has_permit = False
         self.may_run = threading.Event()
         self.slice_ends = 0.0
+
+    def take(self) -> tuple[Callable[[], Any], Future[Any]]:
+        """The call, and where its result belongs. Once."""
+        assert self._job is not None
+        job, self._job = self._job, None
+        return job
+
+    def drop(self) -> None:
+        """Forget the call."""
+        self._job = None
 
 
 _current_work: ContextVar[_Work | None] = ContextVar("current_work", default=None)
@@ -118,18 +131,19 @@ class Scheduler:
             named: What to call it with.
         """
         context = contextvars.copy_context()
-        work = _Work(
-            self,
-            current_tenant.get() if tenant is None else tenant,
-            lambda: context.run(_call, work, function, arguments, named),
-        )
+        result: Future[T] = Future()
+        result.set_running_or_notify_cancel()  # one that was cancelled could not take a result any more
+        call = partial(context.run, function, *arguments, **named)
+        work = _Work(self, current_tenant.get() if tenant is None else tenant, call, result)
+        context.run(_current_work.set, work)
         self._submit(work)
         try:
-            result: T = await asyncio.wrap_future(work.result)
+            return await asyncio.wrap_future(result)
         except asyncio.CancelledError:
             self._cancel(work)
             raise
-        return result
+        finally:
+            del context, result, call, work  # an error refers to this frame
 
     async def iterate(self, items: Iterator[T], *, tenant: str | None = None) -> AsyncGenerator[T]:
         """Yield what an iterator yields, computed ahead in a thread by a time slice at most."""
@@ -177,17 +191,19 @@ class Scheduler:
 
     def _run(self, work: _Work) -> None:
         """What a thread does."""
+        call, result = work.take()
         try:
             with self._lock:
                 self._ask(work)
             self._wait(work)
-            work.result.set_result(work.call())
+            result.set_result(call())
         except BaseException as error:  # raised where the work is awaited
-            work.result.set_exception(error)
+            result.set_exception(error)
         finally:
             with self._lock:
                 self._give_back(work)
                 self._end(work)
+            del work, call, result  # an error refers to this frame
 
     def _end(self, work: _Work) -> None:
         """Let the next of the tenant's works have the thread."""
@@ -244,12 +260,9 @@ class Scheduler:
                     works.remove(work)
                     if not works:
                         del queue[work.tenant]
+                    if queue is self._queued:
+                        work.drop()
             work.may_run.set()  # to find out that it was cancelled
-
-
-def _call(work: _Work, function: Callable[..., T], arguments: tuple[Any, ...], named: dict[str, Any]) -> T:
-    _current_work.set(work)
-    return function(*arguments, **named)
 
 
 def num_cpus() -> int:

@@ -102,6 +102,7 @@ def create_app(settings: Settings, *, chains: Sequence[Chain], check: Check, eng
         redoc_url=None,
     )
     app.state.admission = admission
+    app.state.bodies = bodies
     for kind in (HTTPException, RequestValidationError, Refusal):
         app.add_exception_handler(kind, answer_error)
     add_layers(app, settings, keys, metrics)

@@ -11,6 +11,7 @@ import json
 import logging
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
@@ -68,6 +69,7 @@ class FileReader:
         limits: FileLimits | None = None,
         *,
         turn: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
+        on_text: Callable[[int], None] | None = None,
     ) -> None:
         """Make a reader.
 
@@ -75,10 +77,13 @@ class FileReader:
             limits: Of each file, and of all together.
             turn: Entered to read a file; one that several readers share, for the files of all. None: this reader's
                 own, for two files at once.
+            on_text: Called with the bytes of memory that a text takes, before the turn ends. What it raises, `read`
+                raises.
         """
         own = anyio.CapacityLimiter(2)
         self.limits = limits or FileLimits()
         self.turn = turn or (lambda: own)
+        self.on_text = on_text
         self.left_s = self.limits.timeout_s
         self.cpu_left_s = self.limits.cpu_s
 
@@ -108,7 +113,10 @@ class FileReader:
                 self.left_s -= time.monotonic() - began_s
             # The process could claim to have taken no time. It can't take more than it was granted, or than `left_s`.
             self.cpu_left_s -= max(0.0, answer.cpu_s)
-            return text_of(answer.result)
+            read = text_of(answer.result)
+            if self.on_text is not None:
+                self.on_text(sys.getsizeof(read.text))
+            return read
 
     async def run(self, content: bytes, cpu_s: float) -> list[bytes]:
         """Run the reading process to its end, and return what it said, as it came."""

@@ -39,7 +39,7 @@ class BodyLease:
         self._tenant = tenant
 
     def resize(self, size: int) -> None:
-        """Hold this many bytes from now on. Raises `Refusal` if the budget has no room for more."""
+        """Hold this many bytes from now on. Raises `Refusal` if the budget has no room for more, or never will."""
         self._reader._resize(self._tenant, self.size, size)
         self.size = size
 
@@ -85,6 +85,7 @@ class BodyReader:
             await self._read(request, max_body, lease)
             yield lease
         finally:
+            lease.content = bytearray()
             lease.resize(0)
 
     async def _read(self, request: Request, max_body: int, lease: BodyLease) -> None:
@@ -137,6 +138,12 @@ class BodyReader:
         growth = after - before
         if growth > 0:
             share = self._max_total // 2
+            if after > share:  # whenever it is tried again
+                message = (
+                    f"the request takes {after} bytes of memory with the text of its files; one key or address may "
+                    f"have {share} bytes, half of SERVE_MAX_BODY_TOTAL"
+                )
+                raise Refusal(413, "body_too_large", message, field="body")
             if self.num_bytes + growth > self._max_total:
                 raise _busy(f"the bodies of all requests may have {self._max_total} bytes (SERVE_MAX_BODY_TOTAL)")
             if self._held[tenant] + growth > share:

@@ -146,7 +146,12 @@ class Door:
     async def _ready(self, wanted: Sequence[Call], tenant: str, body: BodyLease) -> list[Call]:
         """Read the files of calls, and hold all prompts together against the limit."""
         chain, limit = self._chain, self._limits.max_input_tokens
-        reader = FileReader(self._file_limits, turn=partial(self._preparation.files.hold, tenant))
+        reader = FileReader(
+            self._file_limits,
+            turn=partial(self._preparation.files.hold, tenant),
+            # Charged before the next file is read, so that texts which wait to be counted are within the budget.
+            on_text=lambda num_bytes: body.resize(body.size + num_bytes),
+        )
         ready, num_tokens, size = [], 0, body.size
         shown: list[tuple[dict[str, Any], int]] = []  # inputs of which only the first prompt, of so many, is counted
         run = partial(self._preparation.run, tenant=tenant)
@@ -155,7 +160,6 @@ class Door:
             prepared = await self._prepare(call, value, reader)
             if prepared is not value:
                 size += await run(_num_bytes_added, prepared, size=size)
-                body.resize(size)
             ready.append(replace(call, input=self._passed(call, value, prepared)))
             first = await run(_count, chain, self._check, call, prepared, size=size)
             num_tokens += first

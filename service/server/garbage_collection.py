@@ -7,10 +7,12 @@ lock is not reentrant, it waits for itself for ever: the service hung when this 
 """
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 INTERVAL_S = 0.05
 MIN_YOUNG = 700
@@ -18,6 +20,10 @@ MIN_YOUNG = 700
 
 YOUNGER_PER_OLDER = 10
 """A generation is collected after so many collections of the next younger one: CPython's own default too."""
+
+MAX_GROWTH = 64 << 20
+"""Bytes that this process may grow by before all generations are collected. The collector by itself counts containers:
+a few of them may hold texts of a hundred megabytes."""
 
 MAX_FULL_SHARE = 0.02
 """The share of the time that collections of all generations may take, as the others wait meanwhile."""
@@ -48,18 +54,29 @@ def collect_in_own_thread(interval_s: float = INTERVAL_S) -> Iterator[None]:
 
 def _collect_until(is_over: threading.Event, interval_s: float) -> None:
     num_since = [0, 0]  # collections of the youngest generation, and of the one after it, since an older one
-    next_full = 0.0
+    size, next_full = _resident_bytes(), 0.0
     while not is_over.wait(interval_s):
-        if gc.get_count()[0] < MIN_YOUNG:
-            continue
-        if num_since[0] < YOUNGER_PER_OLDER:
-            gc.collect(0)
-            num_since[0] += 1
-        elif num_since[1] < YOUNGER_PER_OLDER or (started := time.monotonic()) < next_full:
-            gc.collect(1)
-            num_since = [0, num_since[1] + 1]
-        else:
+        started = time.monotonic()
+        is_due = num_since[1] >= YOUNGER_PER_OLDER or _resident_bytes() - size > MAX_GROWTH
+        if is_due and started >= next_full:
             gc.collect(2)
             ended = time.monotonic()
-            next_full = ended + (ended - started) / MAX_FULL_SHARE
+            size, next_full = _resident_bytes(), ended + (ended - started) / MAX_FULL_SHARE
             num_since = [0, 0]
+        elif gc.get_count()[0] < MIN_YOUNG:
+            continue
+        elif num_since[0] < YOUNGER_PER_OLDER:
+            gc.collect(0)
+            num_since[0] += 1
+        else:
+            gc.collect(1)
+            num_since = [0, num_since[1] + 1]
+
+
+def _resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say in a file."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,9 @@
 """Work in threads that ends with its task, and is shared fairly."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
@@ -103,6 +105,45 @@ async def test_work_that_is_cancelled_in_a_full_queue_never_begins() -> None:
     assert await first
     assert await third == 0
     assert not begun.is_set()
+
+
+@pytest.mark.parametrize("end", ["returns", "raises", "is cancelled", "is cancelled in the queue"])
+async def test_what_work_was_given_is_freed_at_its_end_without_a_garbage_collection(end: str) -> None:
+    class Text:
+        """A large one, which nobody may hold."""
+
+    given = Text()
+    freed = weakref.ref(given)
+    scheduler = Scheduler(2, max_started=1)
+    go_on = threading.Event()
+
+    def work(text: Text) -> Text:
+        if end == "raises":
+            raise ZeroDivisionError
+        while end == "is cancelled":
+            checkpoint()
+        return text
+
+    gc.disable()
+    try:
+        first = asyncio.create_task(scheduler.run(go_on.wait, 30))
+        if end != "is cancelled in the queue":
+            go_on.set()
+            await first
+        task = asyncio.create_task(scheduler.run(work, given))
+        del given
+        await asyncio.sleep(0.02)
+        if end.startswith("is cancelled"):
+            task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() == end.startswith("is cancelled")
+        assert task.cancelled() or isinstance(task.exception(), ZeroDivisionError) == (end == "raises")
+        del task
+        await until(lambda: freed() is None)
+        go_on.set()
+        await first
+    finally:
+        gc.enable()
 
 
 async def test_short_work_does_not_wait_for_the_end_of_long_work() -> None:

@@ -16,7 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from chains.documents import files
-from chains.documents.files import FileLimits, FileReader, FileText
+from chains.documents.files import FileLimits, FileReader, FileText, text_of
 from chains.errors import InputError, TooLarge, UnreadableFile
 from chains.summarize import SummarizeInput, prepare
 from tests.chains.documents.reader_scripts import Becomes, written
@@ -694,6 +694,12 @@ class TestProcess:
                 continue
         assert len(os.listdir("/proc/self/fd")) <= before
         assert psutil.Process().children(recursive=True) == children
+
+
+def test_a_reader_that_answers_a_blank_text_is_an_unreadable_file() -> None:
+    """No reader of ours does, but one that a file has taken over may."""
+    with pytest.raises(UnreadableFile, match="without a text"):
+        text_of(FileText(title="", text=" \n", kind="text", pages=None))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 50, 1000])

@@ -92,8 +92,10 @@ async def test_all_bodies_share_a_budget_of_which_a_tenant_has_half() -> None:
             "1000 bytes (SERVE_MAX_BODY_TOTAL)"
             in (await refused(bodies, request(b" " * 251), tenant="bob")).problem.message
         )
-        with pytest.raises(Refusal):
+        with pytest.raises(Refusal) as never:
             body.resize(501)  # a file was unpacked
+        assert (never.value.problem.status, never.value.problem.kind) == (413, "body_too_large")
+        assert "501 bytes of memory" in never.value.problem.message
     assert bodies.num_bytes == 0
     async with bodies.read(request(b" " * 500), 1000, tenant="eve"):
         pass

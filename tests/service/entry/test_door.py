@@ -1,6 +1,7 @@
 """What is done with inputs before they are let in: whose files wait for whose, and what is counted of their texts."""
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -133,6 +134,22 @@ async def test_a_few_files_are_read_at_once_in_all_chains_together_and_of_each_k
         await until(lambda: len(begun) == 4)
         ends["ada 1"].set()
         ends["eve 2"].set()
+
+
+async def test_the_text_of_a_file_is_charged_by_its_memory_before_another_file_is_read() -> None:
+    text = "\N{GRINNING FACE}" * 100_000
+    held: list[int] = []
+
+    async def read(asked: BaseModel, reader: FileReader) -> BaseModel:
+        await reader.read(text.encode())
+        held.append(app.state.bodies.num_bytes)
+        return asked
+
+    app = app_of(chain_of(read), max_body=100_000, max_body_total=1_000_000)
+    assert (await post(app, "/packed/invoke", {"input": {"text": "a"}})).status_code == 200
+    assert held[0] > sys.getsizeof(text)
+    refused = await post(app, "/packed/batch", {"inputs": [{"text": "a"}, {"text": "b"}]})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (413, "body_too_large")
 
 
 async def test_the_texts_of_files_are_counted_with_their_first_prompts_and_not_once_more() -> None:

@@ -1,6 +1,7 @@
 """Finalizers of garbage run in a thread that holds no lock, whatever the other threads are doing."""
 
 import gc
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -8,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.server.garbage_collection import MIN_YOUNG, THREAD_NAME, collect_in_own_thread
+from service.server.garbage_collection import MAX_GROWTH, MIN_YOUNG, THREAD_NAME, collect_in_own_thread
 
 
 class Node:
@@ -17,6 +18,7 @@ class Node:
     def __init__(self, finalize: Callable[[], None]) -> None:
         self.itself = self
         self.finalize = finalize
+        self.text = ""
 
     def __del__(self) -> None:
         self.finalize()
@@ -55,6 +57,16 @@ def test_old_garbage_is_collected_too() -> None:
     gc.collect(1)  # it is in the oldest generation now
     del node
     churn(lambda: bool(finalized))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of the process is in a file of Linux")
+def test_a_little_garbage_with_large_texts_is_collected_soon() -> None:
+    finalized: list[bool] = []
+    deadline = time.monotonic() + 20
+    while not finalized:
+        assert time.monotonic() < deadline, "not collected within 20 s"
+        Node(lambda: finalized.append(True)).text = "x" * (2 * MAX_GROWTH)
+        time.sleep(0.1)
 
 
 def test_an_abandoned_stream_may_submit_work_while_others_do() -> None:
