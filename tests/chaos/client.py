@@ -59,6 +59,8 @@ class Departure:
     share: float = 0.5
     """Of the request that is sent, when it leaves while sending."""
     after_s: float = 0.0
+    go: asyncio.Event | None = None
+    """What a client waits for that leaves after it asked, in place of `after_s`."""
 
     @classmethod
     def drawn(cls, chance: Random, *, within_s: float) -> "Departure":
@@ -231,7 +233,9 @@ async def _ask_and_leave(writer: asyncio.StreamWriter, seen: _Reader, message: b
                 token = asyncio.create_task(seen.has_token.wait())
                 await asyncio.wait((reading, token), return_when=asyncio.FIRST_COMPLETED, timeout=departure.after_s + 5)
                 token.cancel()
-            if departure.moment is not Moment.FIRST:
+            if departure.go is not None:
+                await departure.go.wait()
+            elif departure.moment is not Moment.FIRST:
                 await asyncio.wait((reading,), timeout=departure.after_s)
             if reading.done():
                 await reading

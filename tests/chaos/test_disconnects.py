@@ -179,12 +179,14 @@ async def full_house(server: Server) -> AsyncIterator[None]:
 @pytest.mark.parametrize("manner", Manner)
 async def test_who_leaves_the_queue_frees_a_place(steady_server: Server, manner: Manner) -> None:
     async with full_house(steady_server):
-        departure = Departure(Moment.ASKED, manner, after_s=0.5)
+        go = asyncio.Event()
+        departure = Departure(Moment.ASKED, manner, go=go)
         waiting = [
             asyncio.create_task(ask(steady_server.port, echo(endpoint, 1), departure=departure))
             for endpoint in ("stream", "invoke", "stream_log", "stream_events")
         ]
         await until(steady_server, within_s=5, running=SLOTS, waiting=len(waiting))
+        go.set()
         assert all(outcome.has_left for outcome in await asyncio.gather(*waiting))
         await until(steady_server, within_s=2, running=SLOTS, waiting=0)
     await idle(steady_server)

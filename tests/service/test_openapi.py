@@ -1,8 +1,11 @@
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from pydantic import SecretStr
 
 from chains import CHAINS, build_chains
@@ -12,13 +15,18 @@ from service.settings import Settings
 
 
 @pytest.fixture(scope="module")
-def description() -> Iterator[dict[str, Any]]:
+def served() -> Iterator[FastAPI]:
     engine = ScriptedEngine()
     engine.wait_until_ready(30)
     model = ChatLLaMA3(llm=LLaMA3_LLM(engine=engine))
     app = create_app(Settings(), chains=build_chains(model), check=model.check, engine=engine)
-    yield app.openapi()
+    yield app
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def description(served: FastAPI) -> dict[str, Any]:
+    return served.openapi()
 
 
 def test_requests_show_no_arguments_that_would_be_refused(description: dict[str, Any]) -> None:
@@ -53,3 +61,17 @@ def test_where_there_are_keys_it_says_how_to_give_one(description: dict[str, Any
     assert set(keyed["components"]["securitySchemes"]) == {"bearer", "header", "basic"}
     assert keyed["paths"]["/health"]["get"]["security"] == []
     assert "security" not in description
+
+
+@pytest.mark.parametrize(("prefix", "servers"), [("", None), ("/llm", [{"url": "/llm"}])])
+async def test_it_is_sent_with_the_prefix_under_which_the_service_is_reached(
+    served: FastAPI, prefix: str, servers: list[dict[str, str]] | None
+) -> None:
+    transport = httpx.ASGITransport(served, root_path=prefix)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        answers = [await client.get("/openapi.json") for _ in range(2)]
+    assert answers[0].headers["Content-Type"] == "application/json"
+    assert answers[0].content == answers[1].content
+    description = answers[0].json()
+    assert description.pop("servers", None) == servers
+    assert description == json.loads(json.dumps(served.openapi()))
