@@ -52,7 +52,13 @@ class Server:
         self.process: subprocess.Popen[bytes]
 
     def __enter__(self) -> Self:
-        environment = {**os.environ, "SERVE_PORT": str(self.port), **self._settings, "PYTHONPATH": str(ROOT)}
+        environment = {
+            **os.environ,
+            "SERVE_PORT": str(self.port),
+            **self._settings,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONFAULTHANDLER": "1",
+        }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*self._command, *self.arguments],
@@ -74,14 +80,19 @@ class Server:
         self.stop()
 
     def stop(self, timeout_s: float = 30) -> int:
-        """Tell it to stop, and return its exit code."""
+        """Tell it to stop, and return its exit code. Raises TimeoutError with the end of its log if it does not."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # the stacks of its threads go to the log
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
             self.process.kill()
-            raise
+            self.process.wait()
+            said = self.log.read_text(errors="replace")[-10_000:]
+            raise TimeoutError(f"the server did not end within {timeout_s} s:\n{said}") from None
 
     def chain(self, name: str, **headers: str) -> RemoteRunnable[Any, Any]:
         """A hosted chain, through LangServe's client.
