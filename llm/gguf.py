@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 def cache_dir() -> Path:
     """Where converted models are kept: SERVE_CACHE, else the user's cache directory."""
     if chosen := os.environ.get("SERVE_CACHE"):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))  # as a shell does: as it is if there is no such user
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama3-langserve"
 
 

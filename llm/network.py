@@ -118,5 +118,11 @@ def _has_space(url: str) -> bool:
 
 
 def _without_password(url: str) -> str:
-    before, at, host = url.rpartition("@")
-    return f"{before.partition('//')[0] + '//' if '//' in before else ''}…@{host}" if at else url
+    """The URL with "…" in place of what may be a password, whether or not it can be parsed."""
+    scheme, slashes, rest = url.rpartition("//")
+    _, at, host = rest.rpartition("@")
+    if at:
+        return f"{scheme}{slashes}…@{host}"
+    name, colon, port = rest.partition(":")
+    may_have_password = colon and not rest.startswith("[") and not port.rstrip("/").isdecimal()
+    return f"{scheme}{slashes}{name}:…" if may_have_password else url

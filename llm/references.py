@@ -7,6 +7,7 @@ spoken to (`llm.hubs`), how a GGUF is unpacked (`llm.gguf`) or what a model comp
 import importlib.util
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def _embedded() -> ModelFiles:
 
 
 def _local(reference: str) -> ModelFiles:
-    path = Path(reference).expanduser() if reference.startswith("~") else Path(reference)
+    path = Path(os.path.expanduser(reference))  # as a shell does: as it is if there is no such user
     if path.is_dir() and reference:
         check_complete(path)
         return ModelFiles(reference, path.resolve())

@@ -290,3 +290,8 @@ def test_the_converted_configuration_is_the_files(tmp_path: Path, own_cache: Pat
     config = json.loads((convert(resolve(str(write_gguf(tmp_path / "a.gguf")))).directory / "config.json").read_bytes())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert (config["max_position_embeddings"], config["num_key_value_heads"], config["dtype"]) == (128, 2, "bfloat16")
+
+
+def test_a_cache_in_the_home_of_a_user_that_there_is_not_is_a_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVE_CACHE", "~no-such-user/cache")
+    assert cache_dir() == Path("~no-such-user/cache")

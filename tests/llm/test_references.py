@@ -74,6 +74,11 @@ def test_a_tilde_stands_for_the_home_directory(tiny: Path, monkeypatch: pytest.M
     assert resolve(f"~/{tiny.name}").directory == tiny
 
 
+def test_the_home_of_a_user_that_there_is_not_is_a_path_that_there_is_not() -> None:
+    with pytest.raises(ModelNotFound, match="~no-such-user/model"):
+        resolve("~no-such-user/model")
+
+
 def test_a_gguf_file_is_named_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "some.gguf").write_bytes(b"GGUF and more")
     files = resolve(str(tmp_path / "some.gguf"))
