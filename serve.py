@@ -101,7 +101,7 @@ def serve(settings: Settings, engine: Engine, listener: socket.socket) -> int:
     app.openapi()  # takes half a second of the event loop's time when it is first asked for
     config = uvicorn.Config(
         app,
-        http=timed_protocol(settings.idle_timeout_s, settings.max_connections),
+        http=timed_protocol(settings.idle_timeout_s, settings.max_connections, min_read_rate=settings.min_read_rate),
         root_path=settings.root_path,
         forwarded_allow_ips=settings.trusted_proxies,
         server_header=False,

@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from service.entry.access import host_pattern
+from service.entry.body_reader import MAX_VALUES, VALUE_BYTES
 from service.entry.keys import NAME
 from service.entry.limits import Limits, limit_of, parse_per_chain
 from service.entry.quota import parse_rate
@@ -186,7 +187,10 @@ class Settings(BaseSettings):
     rate_limit: Annotated[
         str,
         AfterValidator(_check_rate),
-        Field(description="Calls of one key, like 10/second or 5000/hour; empty for any number."),
+        Field(
+            description="Calls of one key, or of one address where there are no keys, like 10/second or 5000/hour; "
+            "empty for any number."
+        ),
     ] = "6000/minute"
     page_rate_limit: Annotated[
         str,
@@ -233,8 +237,8 @@ class Settings(BaseSettings):
         Field(
             ge=1,
             description="Bytes of memory of all request bodies together, from their first byte to the end of their "
-            "request; one key, or one address where there are no keys, may have half. Sixteen times the largest body "
-            "if not set.",
+            "request; one key, or one address where there are no keys, may have half. Enough for four of the largest "
+            "bodies if not set.",
         ),
     ] = None
     max_file: Annotated[PerChain, _numbers(int), Field(description="Bytes of an uploaded file, per chain.")] = (
@@ -276,6 +280,15 @@ class Settings(BaseSettings):
             allow_inf_nan=False,
             description="Bytes per second that a request body must come at on average, after SERVE_IDLE_TIMEOUT_S; 0 "
             "for any rate.",
+        ),
+    ] = 1000.0
+    min_read_rate: Annotated[
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="Bytes per second that a client must read on average, after SERVE_IDLE_TIMEOUT_S, of an answer "
+            "that waits for it; 0 for any rate.",
         ),
     ] = 1000.0
     drain_timeout_s: Annotated[
@@ -332,8 +345,8 @@ class Settings(BaseSettings):
     def _check_body_total(self) -> Self:
         if self.max_body_total is not None and self.max_body_total < self._least_body_total:
             raise ValueError(
-                f"SERVE_MAX_BODY_TOTAL (--max-body-total): at least {self._least_body_total}, eight times the largest "
-                f"body of SERVE_MAX_BODY, got {self.max_body_total}"
+                f"SERVE_MAX_BODY_TOTAL (--max-body-total): at least {self._least_body_total}, so that two of "
+                f"the largest bodies of SERVE_MAX_BODY fit, got {self.max_body_total}"
             )
         return self
 
@@ -344,9 +357,10 @@ class Settings(BaseSettings):
 
     @property
     def _least_body_total(self) -> int:
-        # One tenant has half of it, and a text takes up to four times as many bytes in memory as in UTF-8.
+        # One tenant has half of it. A text takes up to four times as many bytes in memory as in UTF-8.
         general, chains = parse_per_chain(int, self.max_body)
-        return 8 * max([general, *chains.values()])
+        size = max([general, *chains.values()])
+        return 2 * (4 * size + VALUE_BYTES * min(MAX_VALUES, size))
 
     def limits(self, chain: str) -> Limits:
         """What one request to a chain may ask for."""

@@ -68,13 +68,14 @@ class Admission:
         """True once the service can stop: all that had begun have left, or had the time for it."""
         return self.is_draining and (not self._working or time.monotonic() >= self._drained_at)
 
-    async def count_call(self, key: str) -> None:
-        """Count a call against its key's rate, and raise `Refusal` if it cannot be admitted now.
+    async def count_call(self, caller: str) -> None:
+        """Count a call against the rate of a key or an address, and raise `Refusal` if it cannot be admitted now.
 
         Cheap, so that a refused request costs nothing: its body is not read.
         """
-        if (wait_s := await self._quota.hit(key)) is not None:
-            message = "this key has called too often: SERVE_RATE_LIMIT says how often it may"
+        if (wait_s := await self._quota.hit(caller)) is not None:
+            what = "key" if self._has_keys else "address"
+            message = f"this {what} has called too often: SERVE_RATE_LIMIT says how often it may"
             raise Refusal(429, "rate_limited", message, headers={"Retry-After": str(wait_s)})
         self._check_room()
 

@@ -28,7 +28,7 @@ from llm.errors import InvalidMessage, InvalidOption
 from service.address import network_of
 from service.entry.admission import Admission
 from service.entry.body import Call, calls, parse_body, parse_json, shared_options, validate
-from service.entry.body_reader import BodyLease, BodyReader
+from service.entry.body_reader import VALUE_BYTES, BodyLease, BodyReader
 from service.entry.limits import Limits
 from service.entry.preparation import Preparation
 from service.errors import Refusal, describe
@@ -88,7 +88,7 @@ class Door:
             yield
             return
         record.endpoint = request.url.path.rsplit("/", 1)[-1]
-        await self._admission.count_call(record.key)
+        await self._admission.count_call(tenant)
         async with self._bodies.read(request, self._limits.max_body, tenant=tenant) as body:
             timeout_s = self._limits.timeout_s
             caller = Caller(
@@ -121,7 +121,7 @@ class Door:
         shared = await self._prepare_options(config_hash, tenant)
         validate("config_hash.configurable", self._options_type, shared)
         raw, wanted, size = await self._preparation.run(
-            self._parse, body.content, endpoint, shared, tenant=tenant, size=body.size
+            self._parse, body.content, endpoint, shared, tenant=tenant, size=body.length
         )
         body.content = bytearray()  # all of it is in `raw` now
         body.resize(max(body.size, size))
@@ -134,7 +134,7 @@ class Door:
     def _parse(
         self, content: bytearray, endpoint: str, shared: dict[str, Any]
     ) -> tuple[dict[str, Any], list[Call], int]:
-        """What a body says, its calls, and the bytes of memory that its texts take."""
+        """What a body says, its calls, and the bytes of memory that it takes."""
         raw = parse_json(content)
         wanted = calls(parse_body(endpoint, raw, max_batch=self._limits.max_batch), shared)
         for call in wanted:
@@ -152,7 +152,7 @@ class Door:
             # Charged before the next file is read, so that texts which wait to be counted are within the budget.
             on_text=lambda num_bytes: body.resize(body.size + num_bytes),
         )
-        ready, num_tokens, size = [], 0, body.size
+        ready, num_tokens, size = [], 0, body.length
         shown: list[tuple[dict[str, Any], int]] = []  # inputs of which only the first prompt, of so many, is counted
         run = partial(self._preparation.run, tenant=tenant)
         for call in wanted:
@@ -231,10 +231,10 @@ def _count(chain: Chain, check: Check, call: Call, value: BaseModel) -> int:
 
 
 def _memory(value: Any) -> int:
-    """Bytes that the texts of a JSON value take in memory: up to four times as many as in UTF-8."""
+    """Bytes that a JSON value takes in memory: texts up to four times as many as in UTF-8."""
     if isinstance(value, dict | list):
-        return sum(map(_memory, value.values() if isinstance(value, dict) else value))
-    return sys.getsizeof(value) if isinstance(value, str) else 0
+        return VALUE_BYTES + sum(map(_memory, value.values() if isinstance(value, dict) else value))
+    return VALUE_BYTES + (sys.getsizeof(value) if isinstance(value, str) else 0)
 
 
 def _num_bytes_added(prepared: BaseModel) -> int:

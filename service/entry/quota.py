@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from limits import RateLimitItem, parse
-from limits.aio.storage import MemoryStorage, RedisStorage, Storage
+from limits.aio.storage import RedisStorage, Storage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from redis import asyncio as redis
 from redis._parsers import _AsyncRESP2Parser
@@ -69,8 +69,11 @@ def parse_rate(rate: str) -> RateLimitItem | None:
 class Quota(Protocol):
     """Counts what keys ask for."""
 
-    async def hit(self, key: str) -> int | None:
-        """Count a call. None if it is within the rate, else the seconds until one is again."""
+    async def hit(self, caller: str) -> int | None:
+        """Count a call of a key, or of an address where there are no keys.
+
+        Returns None if it is within the rate, else the seconds until one is again.
+        """
         ...
 
     async def enter(self, key: str, request_id: str, *, limit: int, timeout_s: float) -> bool:
@@ -138,11 +141,11 @@ class LocalQuota:
     """Counts in this process."""
 
     def __init__(self, rate: RateLimitItem | None) -> None:
-        self._rate = Rate(rate, MemoryStorage())
+        self._rate = BoundedRate(rate)
         self._num_inside: Counter[str] = Counter()
 
     async def hit(self, key: str) -> int | None:
-        return await self._rate.hit(key)
+        return self._rate.hit(key)
 
     async def enter(self, key: str, request_id: str, *, limit: int, timeout_s: float) -> bool:
         if self._num_inside[key] >= limit:

@@ -84,15 +84,23 @@ CHUNKS_TOO_SMALL = Problem(
 )
 
 
-def timed_protocol(idle_timeout_s: float, max_connections: int = MAX_CONNECTIONS) -> type[HttpToolsProtocol]:
+def timed_protocol(
+    idle_timeout_s: float, max_connections: int = MAX_CONNECTIONS, *, min_read_rate: float = 0.0
+) -> type[HttpToolsProtocol]:
     """Make the protocol for `uvicorn.Config(http=…)`.
 
     Args:
         idle_timeout_s: How long a client may make no progress before its connection is closed.
         max_connections: How many connections may be open: see `ConnectionLimit`.
+        min_read_rate: Bytes per second that a client must read on average, after `idle_timeout_s`, of an answer that
+            waits for it; 0 for any rate.
     """
     limit = ConnectionLimit(max_connections)
-    return type("TimedProtocol", (Connection,), {"idle_timeout_s": idle_timeout_s, "limit": limit})
+    return type(
+        "TimedProtocol",
+        (Connection,),
+        {"idle_timeout_s": idle_timeout_s, "min_read_rate": min_read_rate, "limit": limit},
+    )
 
 
 def keep_alive(listener: socket.socket, idle_timeout_s: float) -> None:
@@ -136,6 +144,7 @@ class Connection(HttpToolsProtocol):
     """One connection. It is looked at now and then, from `connection_made` to `connection_lost`."""
 
     idle_timeout_s: float
+    min_read_rate: float
     limit: ConnectionLimit
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -149,8 +158,9 @@ class Connection(HttpToolsProtocol):
         self._body: list[bytes] = []  # pieces that the application does not know of yet
         self._body_size = 0
         self._body_timer: TimerHandle | None = None
-        self._unread: object = None  # what the peer had not taken when it last took some; None if it need not hurry
+        self._unread: int | None = None  # what the peer had not taken when it last took some; None if it need not hurry
         self._unread_since = 0.0
+        self._slow_since: tuple[float, int] | None = None  # when it was seen to read too slowly, and what was unread
         self._is_refused = False
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
@@ -280,7 +290,7 @@ class Connection(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def resume_writing(self) -> None:
-        self._unread = None
+        self._unread = self._slow_since = None
         super().resume_writing()
         self._note_wait()
 
@@ -296,13 +306,16 @@ class Connection(HttpToolsProtocol):
         now = self.loop.time()
         if self.flow.write_paused or self.transport.is_closing():
             # Nothing is added to what waits here now, so that any change means that the peer has taken some.
-            unread = (self.transport.get_write_buffer_size(), _in_kernel(self.transport))
+            unread = self.transport.get_write_buffer_size() + _in_kernel(self.transport)
             if unread != self._unread:
                 self._unread, self._unread_since = unread, now
             elif now - self._unread_since >= self.idle_timeout_s:
-                self._next_look.cancel()
-                log.info("Cut %s: it read nothing for %g s", self._peer(), self.idle_timeout_s)
-                self.transport.abort()
+                self._cut(f"it read nothing for {self.idle_timeout_s:g} s")
+                return
+            self._slow_since = self._slow_since or (now, unread)
+            since, unread_then = self._slow_since
+            if unread_then - unread < self.min_read_rate * (now - since - self.idle_timeout_s):
+                self._cut(f"it read less than {self.min_read_rate:g} bytes per second")
         elif self._head_since is not None and now - self._head_since >= self.idle_timeout_s:
             if self._is_answering():
                 return  # an answer goes before what follows it
@@ -312,6 +325,11 @@ class Connection(HttpToolsProtocol):
             else:
                 said = f"the head of the request did not come within {self.idle_timeout_s:g} s (SERVE_IDLE_TIMEOUT_S)"
                 self._refuse(Problem(408, "timeout", said))
+
+    def _cut(self, reason: str) -> None:
+        self._next_look.cancel()
+        log.info("Cut %s: %s", self._peer(), reason)
+        self.transport.abort()
 
     def _refuse(self, problem: Problem) -> None:
         """Answer in place of the application, which gets a disconnect, and close. Amid an answer, only close."""
@@ -353,11 +371,12 @@ class Connection(HttpToolsProtocol):
         return "{}:{}".format(*self.client) if self.client else "a client"
 
 
-def _in_kernel(transport: Transport) -> bytes:
-    """How much the system has taken over, and the peer not: its own send buffer may hold megabytes."""
+def _in_kernel(transport: Transport) -> int:
+    """Bytes that the system has taken over, and the peer not: its own send buffer may hold megabytes."""
     if sys.platform == "win32":
-        return b""
+        return 0
     try:
-        return fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
     except (OSError, ValueError):
-        return b""
+        return 0
+    return int.from_bytes(answer, sys.byteorder)

@@ -28,6 +28,13 @@ a few of them may hold texts of a hundred megabytes."""
 MAX_FULL_SHARE = 0.02
 """The share of the time that collections of all generations may take, as the others wait meanwhile."""
 
+MAX_OLD = 200_000
+"""Containers of the oldest generation from which on its collection is postponed: it takes up to 0.7 µs for each, and
+all other threads wait meanwhile. Requests that hold so many, chats of thousands of messages, mostly end soon."""
+
+POSTPONED_BY_S = 5.0
+MAX_POSTPONED_S = 600.0
+
 THREAD_NAME = "garbage collection"
 
 
@@ -54,14 +61,18 @@ def collect_in_own_thread(interval_s: float = INTERVAL_S) -> Iterator[None]:
 
 def _collect_until(is_over: threading.Event, interval_s: float) -> None:
     num_since = [0, 0]  # collections of the youngest generation, and of the one after it, since an older one
-    size, next_full = _resident_bytes(), 0.0
+    size, next_full, due_since = _resident_bytes(), 0.0, None
     while not is_over.wait(interval_s):
-        started = time.monotonic()
+        now = time.monotonic()
         is_due = num_since[1] >= YOUNGER_PER_OLDER or _resident_bytes() - size > MAX_GROWTH
-        if is_due and started >= next_full:
+        if is_due and now >= next_full:
+            due_since = due_since or now
+            if len(gc.get_objects(2)) > MAX_OLD and now - due_since < MAX_POSTPONED_S:
+                next_full = now + POSTPONED_BY_S
+                continue
             gc.collect(2)
             ended = time.monotonic()
-            size, next_full = _resident_bytes(), ended + (ended - started) / MAX_FULL_SHARE
+            size, next_full, due_since = _resident_bytes(), ended + (ended - now) / MAX_FULL_SHARE, None
             num_since = [0, 0]
         elif gc.get_count()[0] < MIN_YOUNG:
             continue

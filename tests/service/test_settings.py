@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from service.entry.body_reader import VALUE_BYTES
 from service.settings import Settings, read_settings
 
 
@@ -181,8 +182,8 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_budget_of_bodies_follows_from_the_largest_body() -> None:
-    assert Settings(max_body="1000").body_total == 16_000
-    assert Settings(max_body="1000,chat=4000").body_total == 64_000
-    assert Settings(max_body="1000", max_body_total=9_000).body_total == 9_000
-    with pytest.raises(ValueError, match=r"SERVE_MAX_BODY_TOTAL.*at least 8000.*got 7999"):
-        Settings(max_body="1000", max_body_total=7_999)
+    assert Settings(max_body="1000").body_total == 4 * (4 * 1000 + VALUE_BYTES * 1000)
+    assert Settings(max_body="1000,chat=4000").body_total == 4 * (4 * 4000 + VALUE_BYTES * 4000)
+    assert Settings(max_body="1000", max_body_total=900_000).body_total == 900_000
+    with pytest.raises(ValueError, match=r"SERVE_MAX_BODY_TOTAL.*at least 608000.*got 607999"):
+        Settings(max_body="1000", max_body_total=607_999)

@@ -10,7 +10,7 @@ import pytest
 from fastapi import Request
 from starlette.types import Message
 
-from service.entry.body_reader import MAX_READING, MAX_VALUES, BodyReader
+from service.entry.body_reader import MAX_READING, MAX_VALUES, VALUE_BYTES, BodyReader
 from service.errors import Refusal
 
 
@@ -41,9 +41,9 @@ async def refused(bodies: BodyReader, asked: Request, *, max_body: int = 1000, t
 
 
 async def test_a_body_comes_out_as_it_came_and_is_held_until_its_request_ends() -> None:
-    bodies = reader()
+    bodies, size = reader(), 8 + VALUE_BYTES
     async with bodies.read(request(b'{"a"', b": 1}"), 100, tenant="ada") as body:
-        assert (bytes(body.content), body.size, bodies.num_bytes) == (b'{"a": 1}', 8, 8)
+        assert (bytes(body.content), body.size, bodies.num_bytes) == (b'{"a": 1}', size, size)
         body.resize(500)
         assert bodies.num_bytes == 500
     assert bodies.num_bytes == 0
@@ -99,6 +99,16 @@ async def test_all_bodies_share_a_budget_of_which_a_tenant_has_half() -> None:
     assert bodies.num_bytes == 0
     async with bodies.read(request(b" " * 500), 1000, tenant="eve"):
         pass
+
+
+async def test_many_values_are_charged_by_the_memory_that_they_take() -> None:
+    bodies = reader(max_total=100 * VALUE_BYTES)
+    async with bodies.read(request(b"[" + b"1," * 39 + b"1]"), 1000, tenant="eve"):
+        assert 40 * VALUE_BYTES < bodies.num_bytes < 41 * VALUE_BYTES
+        problem = (await refused(bodies, request(b"[1,1,1,1,1,1,1,1,1,1,1]"), tenant="eve")).problem
+        assert (problem.status, problem.kind) == (503, "bodies_full")
+    problem = (await refused(bodies, request(b"[" + b"1," * 60 + b"1]"), tenant="eve")).problem
+    assert (problem.status, problem.kind) == (413, "body_too_large")
 
 
 async def test_slow_bodies_of_one_tenant_leave_room_for_those_of_others() -> None:

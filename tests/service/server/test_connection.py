@@ -87,11 +87,15 @@ class World:
 
 @contextlib.contextmanager
 def serving(
-    *, idle_timeout_s: float = IDLE_TIMEOUT_S, max_connections: int = 10_000, **options: Any
+    *,
+    idle_timeout_s: float = IDLE_TIMEOUT_S,
+    max_connections: int = 10_000,
+    min_read_rate: float = 0.0,
+    **options: Any,
 ) -> Iterator[World]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         world = World(listener.getsockname()[1])
-        http = timed_protocol(idle_timeout_s, max_connections)
+        http = timed_protocol(idle_timeout_s, max_connections, min_read_rate=min_read_rate)
         world.server = server = uvicorn.Server(
             uvicorn.Config(world, http=http, log_config=None, timeout_graceful_shutdown=1, **options)
         )
@@ -248,6 +252,24 @@ def test_a_slow_reader_is_not_cut(world: World) -> None:
             assert client.recv(4096)
             time.sleep(0.02)
         assert world.disconnected == []
+
+
+@pytest.mark.parametrize("path", ["/endless", "/broken"])
+def test_a_reader_below_the_minimum_rate_is_cut(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.INFO, "service.server.connection"),
+        serving(min_read_rate=400_000) as world,
+        world.connect(receive_buffer=4096) as client,
+    ):
+        client.sendall(get(path))
+        wait_until(lambda: world.num_held() == 1)
+        deadline = time.monotonic() + PATIENCE_S
+        while world.num_held():
+            assert time.monotonic() < deadline
+            with contextlib.suppress(OSError):
+                client.recv(4096)
+            time.sleep(0.1)
+    assert "it read less than 400000 bytes per second" in caplog.text
 
 
 def test_a_connection_serves_many_requests(world: World) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from service.server import garbage_collection
 from service.server.garbage_collection import MAX_GROWTH, MIN_YOUNG, THREAD_NAME, collect_in_own_thread
 
 
@@ -19,6 +20,7 @@ class Node:
         self.itself = self
         self.finalize = finalize
         self.text = ""
+        self.other: Node | None = None
 
     def __del__(self) -> None:
         self.finalize()
@@ -27,9 +29,11 @@ class Node:
 @pytest.fixture(autouse=True)
 def collection() -> Iterator[None]:
     gc.collect()
+    gc.freeze()  # as the service does: what other tests hold would postpone collections
     with collect_in_own_thread(interval_s=0.002):
         yield
     assert gc.isenabled()
+    gc.unfreeze()
 
 
 def churn(is_enough: Callable[[], bool]) -> None:
@@ -67,6 +71,24 @@ def test_a_little_garbage_with_large_texts_is_collected_soon() -> None:
         assert time.monotonic() < deadline, "not collected within 20 s"
         Node(lambda: finalized.append(True)).text = "x" * (2 * MAX_GROWTH)
         time.sleep(0.1)
+
+
+def test_old_garbage_waits_while_many_objects_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be looked at one by one, while all threads wait."""
+    monkeypatch.setattr(garbage_collection, "MAX_OLD", len(gc.get_objects()) + 50_000)
+    monkeypatch.setattr(garbage_collection, "POSTPONED_BY_S", 0.01)
+    finalized: list[bool] = []
+    alive = [[index] for index in range(100_000)]
+    Node(lambda: finalized.append(True)).other = (node := Node(lambda: None))
+    gc.collect(1)
+    gc.collect(1)  # both are in the oldest generation now
+    num_full = gc.get_stats()[2]["collections"]
+    node.other = node
+    begun = time.monotonic()
+    churn(lambda: time.monotonic() > begun + 1)
+    assert gc.get_stats()[2]["collections"] == num_full
+    alive.clear()
+    churn(lambda: gc.get_stats()[2]["collections"] > num_full)
 
 
 def test_an_abandoned_stream_may_submit_work_while_others_do() -> None:
