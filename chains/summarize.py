@@ -114,7 +114,13 @@ class SummarizeInput(BaseModel):
     @property
     def whole(self) -> str:
         """All that is to be summarized. Not of a file: see `prepare`."""
-        return self.text if self.text is not None else "\n\n".join(map(str, self.documents or ()))
+        if self.text is not None:
+            return self.text
+        texts = []
+        for document in self.documents or ():
+            checkpoint()
+            texts.append(str(document))
+        return "\n\n".join(texts)
 
     @property
     def wish(self) -> SummaryWish:
@@ -155,7 +161,8 @@ async def prepare(asked: BaseModel, reader: FileReader) -> BaseModel:
     except ValueError as error:
         raise UnreadableFile("file", f"the file is not in base64: {error}") from error
     read = await reader.read(content)
-    document = Document(title=read.title[:500], text=read.text)
+    # Off the event loop: a text of millions of characters is stripped for 0.1 s.
+    document = await run_cancellable(Document, title=read.title[:500], text=read.text)
     return asked.model_copy(update={"file": None, "documents": [document]})
 
 
@@ -174,10 +181,12 @@ def build(model: BaseChatModel) -> Chain:
 
     async def produce(value: Any, config: RunnableConfig, *, is_streamed: bool) -> AsyncGenerator[str]:
         reader = FileReader(turn=lambda: at_once)  # its limits are those of one request
-        asked = await prepare(SummarizeInput.model_validate(value), reader)
+        # Off the event loop: a batch begins with all of its inputs at once, each of which may have many documents.
+        asked = await prepare(await run_cancellable(SummarizeInput.model_validate, value), reader)
         assert isinstance(asked, SummarizeInput)
+        whole = await run_cancellable(getattr, asked, "whole")
         options = answer.options(config.get("configurable", {}))
-        async with aclosing(Summarizer(model, asked.wish, options, config, measure).pieces(asked.whole)) as pieces:
+        async with aclosing(Summarizer(model, asked.wish, options, config, measure).pieces(whole)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -113,7 +113,7 @@ class FileReader:
                 self.left_s -= time.monotonic() - began_s
             # The process could claim to have taken no time. It can't take more than it was granted, or than `left_s`.
             self.cpu_left_s -= max(0.0, answer.cpu_s)
-            read = text_of(answer.result)
+            read = await run_cancellable(text_of, answer.result)
             if self.on_text is not None:
                 self.on_text(sys.getsizeof(read.text))
             return read
