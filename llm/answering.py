@@ -6,6 +6,7 @@ from typing import Any
 
 from llm.caller import Caller, current_caller
 from llm.engine import Engine, Request
+from llm.flow import wait_for_reader
 from llm.generation import Chunk, Generation
 from llm.sampling import Sampling
 
@@ -55,6 +56,7 @@ def complete(engine: Engine, requests: Sequence[Request]) -> list[Chunk]:
 
 async def acomplete(engine: Engine, requests: Sequence[Request]) -> list[Chunk]:
     """`complete`, awaited."""
+    await wait_for_reader(min((request.deadline for request in requests if request.deadline is not None), default=None))
     generations = submit(engine, requests)
     try:
         return [await generation.awhole() for generation in generations]
@@ -73,12 +75,14 @@ def stream(engine: Engine, request: Request) -> Generator[Chunk]:
 
 
 async def astream(engine: Engine, request: Request) -> AsyncGenerator[Chunk]:
-    """`stream`, awaited."""
+    """`stream`, awaited. Waits for who reads the events of the chain, if they are streamed."""
+    await wait_for_reader(request.deadline)
     (generation,) = submit(engine, [request])
     try:
         async for chunk in generation:
             if is_telling(chunk):
                 yield chunk
+                await wait_for_reader(request.deadline)
     finally:
         generation.cancel()
 

@@ -257,7 +257,7 @@ class Generation:
             self._ready.notify_all()
             waiter, self._waiter = self._waiter, None
         if waiter is not None:
-            (wake or _wake)(waiter)
+            (wake or wake_up)(waiter)
         return True
 
 
@@ -269,10 +269,11 @@ def deliver(pieces: Iterable[tuple[Generation, Chunk]]) -> None:
     waiters: list[asyncio.Future[None]] = []
     for generation, chunk in pieces:
         generation._put(chunk, wake=waiters.append)
-    _wake(*waiters)
+    wake_up(*waiters)
 
 
-def _wake(*waiters: asyncio.Future[None]) -> None:
+def wake_up(*waiters: asyncio.Future[None]) -> None:
+    """End what is awaited, in whatever event loop; from any thread. Harmless when ended."""
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for waiter in waiters:
         by_loop.setdefault(waiter.get_loop(), []).append(waiter)

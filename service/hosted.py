@@ -7,7 +7,9 @@ from typing import Any, cast
 
 from langchain_core.runnables import RunnableBinding, RunnableConfig
 from langchain_core.runnables.schema import StreamEvent
+from langchain_core.tracers.log_stream import RunLogPatch
 
+from llm.flow import Flow
 from service.errors import INTERNAL, ChainFailed, describe
 
 
@@ -41,11 +43,23 @@ class Hosted(RunnableBinding[Any, Any]):  # type: ignore[no-redef]  # its field 
         config: RunnableConfig | None = None,
         **arguments: Any,
     ) -> AsyncIterator[Any]:
-        """`Runnable.astream`; of `astream_log` too."""
+        """`Runnable.astream`; LangChain's `astream_log` calls it too."""
         with failures_of(self.chain):
             async with aclosing(super().astream(input, config, **arguments)) as pieces:  # type: ignore[type-var]
                 async for piece in pieces:
                     yield piece
+
+    async def astream_log(  # type: ignore[override]
+        self,
+        input: Any,  # noqa: A002
+        config: RunnableConfig | None = None,
+        **arguments: Any,
+    ) -> AsyncIterator[RunLogPatch]:
+        """`Runnable.astream_log` with `diff`."""
+        log: Any = super().astream_log(input, config, **arguments)
+        async with aclosing(Flow().read(log)) as patches:
+            async for patch in patches:
+                yield patch
 
     async def astream_events(  # type: ignore[override]
         self,
@@ -56,7 +70,7 @@ class Hosted(RunnableBinding[Any, Any]):  # type: ignore[no-redef]  # its field 
         """`Runnable.astream_events`. LangChain (1.7) ends it as if all were well after a `CancelledError`."""
         running: set[str] = set()  # the outermost run, until it has ended
         with failures_of(self.chain):
-            async with aclosing(super().astream_events(input, config, **arguments)) as events:
+            async with aclosing(Flow().read(super().astream_events(input, config, **arguments))) as events:
                 async for event in events:
                     if event.get("parent_ids") == [] and event["event"].endswith("_start"):
                         running.add(event["run_id"])

@@ -12,6 +12,7 @@ from langchain_core.runnables import RunnableBinding, RunnableConfig
 from langchain_core.tracers.log_stream import RunLogPatch
 
 from chains.producing import added
+from llm.flow import Flow
 
 
 class _InPieces(RunnableBinding[Any, Any]):  # type: ignore[no-redef]  # its field is called kwargs
@@ -37,8 +38,9 @@ class LinearLog(RunnableBinding[Any, Any]):  # type: ignore[no-redef]
             bound=self.bound, kwargs=self.kwargs, config=self.config, config_factories=self.config_factories
         )
         pieces = []
-        async with aclosing(bound.astream_log(input, config, **arguments)) as log:  # type: ignore[type-var]
-            async for patch in log:
+        log: Any = bound.astream_log(input, config, **arguments)
+        async with aclosing(Flow().read(log)) as patches:
+            async for patch in patches:
                 told = []
                 for operation in patch.ops:
                     if operation["path"] == "/streamed_output/-":

@@ -13,11 +13,12 @@ FLOORS = ("serve", "service", "chains", "llm")
 SEEN_BY_SERVICE = {
     "llm.errors",
     "llm.caller",
+    "llm.flow",
     "llm.engine.Engine",
     "llm.engine.EngineHealth",
     "llm.engine.EngineState",
 }
-"""Of `llm`, the service knows the error types, the health value, and on whose behalf work is done."""
+"""Of `llm`, the service knows the error types, the health value, the request context, and back pressure."""
 
 
 def imports(package: str) -> Iterator[tuple[Path, str]]:
@@ -49,7 +50,7 @@ def test_a_package_imports_only_what_is_below_it(package: str, below: set[str]) 
         assert name.split(".")[0] in below, f"{file} imports {name}"
 
 
-def test_the_service_knows_of_the_model_only_its_errors_its_health_and_its_caller() -> None:
+def test_the_service_knows_of_the_model_only_its_errors_its_health_its_caller_and_its_flow() -> None:
     for file, name in imports("service"):
         if name.startswith("llm."):
             assert name in SEEN_BY_SERVICE or name.rpartition(".")[0] in SEEN_BY_SERVICE, f"{file} imports {name}"
