@@ -172,6 +172,15 @@ def _block(block: object, field: str) -> str:
     raise InvalidMessage(field, 'a block must be text or {"type": "text", "text": "…"}')
 
 
+def prepare_encoder(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Build what `encode` and `encode_text` need of a tokenizer, so that no request waits for it.
+
+    For the vocabulary of Llama 3 this takes more than a second, most of it without letting other threads run. Call it
+    once, before any thread encodes: threads that find nothing built each build their own. Raises UnsupportedModel.
+    """
+    _encoder(tokenizer, _chat_template(tokenizer) or "")
+
+
 @lru_cache(maxsize=4)
 def _encoder(tokenizer: "PreTrainedTokenizerBase", template: str) -> "_Encoder":
     backend = getattr(tokenizer, "backend_tokenizer", None)
