@@ -27,6 +27,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMe
 from tokenizers import AddedToken, Tokenizer
 
 from llm.errors import InvalidMessage, UnsupportedModel
+from llm.panic import catchable_panics
 from llm.template import TemplateRefusal, shared_renderer
 
 if TYPE_CHECKING:
@@ -272,8 +273,14 @@ class _Encoder:
 
     def encode(self, text: str, field: str) -> list[int]:
         """Encode in one pass, without adding anything; only marked special tokens come out as special ids."""
-        # Of one text, but unlike `encode` this lets other threads run meanwhile.
-        ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+        try:
+            with catchable_panics():
+                # Of one text, but unlike `encode` this lets other threads run meanwhile.
+                ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+        except MemoryError:
+            raise
+        except Exception:  # bare ones; what they say may quote the text
+            raise InvalidMessage(field, "the checkpoint's tokenizer fails on this text") from None
         if not self._forbidden.isdisjoint(ids):  # a vocabulary that spells its special tokens as ordinary words, too
             raise InvalidMessage(field, "the tokenizer cannot tell this text from a special token")
         return [self._ids.get(token_id, token_id) for token_id in ids]

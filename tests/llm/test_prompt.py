@@ -22,7 +22,7 @@ from langchain_core.messages import (
 from llama_models.datatypes import RawMessage  # type: ignore[import-untyped]
 from llama_models.llama3.chat_format import ChatFormat  # type: ignore[import-untyped]
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer  # type: ignore[import-untyped]
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm.errors import InvalidMessage, UnsupportedModel
@@ -397,6 +397,32 @@ def test_bare_text_with_a_lone_surrogate_is_refused(llama3: PreTrainedTokenizerB
     with pytest.raises(InvalidMessage, match="lone surrogate") as refusal:
         encode_text(llama3, "\udfff")
     assert refusal.value.field == "text"
+
+
+# A pattern of a checkpoint that takes exponential time: the tokenizers library gives up, by a panic.
+BACKTRACKING = Regex(r"(?:x+x+)+y|\s+|\S")
+
+
+@pytest.mark.parametrize("act", [encode_text, lambda tokenizer, text: encode(tokenizer, [HumanMessage(text)])])
+def test_a_text_that_makes_the_tokenizer_panic_is_refused(
+    act: Callable[[PreTrainedTokenizerBase, str], list[int]],
+) -> None:
+    """A panic is a BaseException: it passed all handlers of errors, and the client got a bare 500."""
+    tokenizer = words(["x"], [], "{{ messages[0]['content'] }}")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(BACKTRACKING, "isolated")
+
+    assert act(tokenizer, "x x")
+    with pytest.raises(InvalidMessage, match=r"^the checkpoint's tokenizer fails on this text$") as refusal:
+        act(tokenizer, "x" * 60)
+    assert refusal.value.field == ("text" if act is encode_text else "messages")
+
+
+def test_a_text_that_the_tokenizer_has_no_token_for_is_refused() -> None:
+    """A vocabulary of words without one for unknown words; the library raises a bare Exception."""
+    tokenizer = wrapped(Tokenizer(models.WordLevel({"hi": 0}, unk_token="?")), None)
+
+    with pytest.raises(InvalidMessage, match="tokenizer fails on this text"):
+        encode_text(tokenizer, "secret")
 
 
 # Templates
