@@ -1,4 +1,5 @@
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm.errors import InvalidMessage, UnsupportedModel
-from llm.prompt import _any_of, count, count_shared, encode, encode_text
+from llm.prompt import _any_of, _is_beginning, count, count_shared, encode, encode_text, prepare_encoder
 
 # A Llama-2-like format: the system text inside of the first user turn, roles that must alternate, specials that are
 # written in the middle of a line.
@@ -577,3 +578,57 @@ def test_special_tokens_are_found_as_by_trying_the_longest_first(spellings: list
             found.append((start, match))
         start += len(match or "?")
     assert [(match.start(), match[0]) for match in _any_of(spellings).finditer(text)] == found
+
+
+@given(
+    spellings=st.sets(st.text("ab", min_size=1, max_size=5), max_size=12), text=st.text("ab", min_size=1, max_size=5)
+)
+def test_a_beginning_of_a_special_token_is_found_in_their_order(spellings: set[str], text: str) -> None:
+    expected = any(spelling.startswith(text) and spelling != text for spelling in spellings)
+
+    assert _is_beginning(text, sorted(spellings)) == expected
+
+
+# Limits of special tokens
+
+
+@pytest.mark.parametrize(
+    ("spellings", "reason"),
+    [
+        ([f"<{i}>" for i in range(10_001)], "at most 10000 special tokens, got 10001"),
+        (["<s>", "x" * 257], "at most 256 characters, got 257"),
+        ([f"<{i:254}>" for i in range(1_001)], "at most 256000 characters together, got 256256"),
+    ],
+    ids=["too many", "too long", "too many characters"],
+)
+def test_special_tokens_beyond_the_limits_are_refused_at_load(spellings: list[str], reason: str) -> None:
+    """One of 100,000 characters took half a minute per prompt, 3,000 that begin with one another never ended."""
+    tokenizer = words([], [AddedToken(spelling, special=True) for spelling in spellings], None)
+
+    with pytest.raises(UnsupportedModel, match=reason):
+        prepare_encoder(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        [f"<{i:0>23}>" for i in range(10_000)],
+        [f"{i:05}{'x' * 251}" for i in range(1_000)],
+        ["x" * length for length in range(1, 257)],
+        [each for length in range(1, 257) for each in ("x" * length, "x" * (length - 1) + "y")],
+        [char * length for length in range(1, 257) for char in "abcdefg"],
+    ],
+    ids=["most", "longest", "nested", "nested and forked", "several nested"],
+)
+def test_special_tokens_at_the_limits_are_handled_in_time(spellings: list[str]) -> None:
+    tokenizer = words(
+        ["hi"], [AddedToken(each, special=True, normalized=False) for each in spellings], "hi {{ messages[0].content }}"
+    )
+    started = time.process_time()
+
+    prepare_encoder(tokenizer)
+    ids = encode(tokenizer, [HumanMessage(f"hi {spellings[-1]} {'x' * 10_000}")])
+
+    assert ids[:2] == [1, 1]
+    assert specials_of(tokenizer, ids) == []
+    assert time.process_time() - started < 10, "it takes about a second"
