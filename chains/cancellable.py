@@ -198,7 +198,7 @@ class Scheduler:
             self._wait(work)
             result.set_result(call())
         except BaseException as error:  # raised where the work is awaited
-            result.set_exception(error)
+            result.set_exception(_catchable(error))
         finally:
             with self._lock:
                 self._give_back(work)
@@ -263,6 +263,15 @@ class Scheduler:
                     if queue is self._queued:
                         work.drop()
             work.may_run.set()  # to find out that it was cancelled
+
+
+def _catchable(error: BaseException) -> BaseException:
+    """Make an Exception of an error that no handler expects, such as the panic of a library that is written in Rust."""
+    if isinstance(error, Exception | WorkCancelled | KeyboardInterrupt | SystemExit):
+        return error
+    failure = RuntimeError(f"work of a request failed: {type(error).__name__}")
+    failure.__cause__ = error
+    return failure
 
 
 def num_cpus() -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.errors import CorruptModel, InvalidOption, UnsupportedModel
+from llm.panic import catchable_panics
 from llm.references import ModelFiles
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def _tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with catchable_panics():
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions on a damaged tokenizer.json
         raise UnsupportedModel(f"{directory} holds no tokenizer that transformers can read: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from llm.errors import CacheNotWritable, CorruptModel, UnsafeCache, UnsupportedModel
+from llm.panic import catchable_panics
 from llm.private_files import check_directory, is_private, make_directory, take_permissions
 from llm.quiet import quiet
 from llm.references import ModelFiles, check_complete, is_complete
@@ -125,7 +126,8 @@ def _write(source: Path, target: Path) -> None:
 
     with quiet(), _quickly():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+            with catchable_panics():
+                tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(
                 source.parent,
                 gguf_file=source.name,

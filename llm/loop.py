@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from llm.errors import EngineDead, GenerationFailed, LLMError, OutOfDeviceMemory
-from llm.generation import Token, deliver
+from llm.generation import Chunk, Token, deliver
 from llm.job import Job
 from llm.runner import Runner, S
 from llm.schedule import Schedule
@@ -175,11 +175,16 @@ class Loop(Generic[S]):
 
     def _deliver(self, made: list[tuple[Job[S], Token | LLMError]]) -> None:
         """Hand over what a step made; those that it finished are released first, so that health is true by then."""
-        chunks = [
-            (job, job.take(token, num_cached=self._schedule.running[job].num_cached))
-            for job, token in made
-            if not isinstance(token, LLMError)
-        ]
+        chunks: list[tuple[Job[S], Chunk]] = []
+        failures: list[tuple[Job[S], LLMError]] = []
+        for job, token in made:
+            if isinstance(token, LLMError):
+                failures.append((job, token))
+                continue
+            try:
+                chunks.append((job, job.take(token, num_cached=self._schedule.running[job].num_cached)))
+            except LLMError as error:  # its tokens cannot be decoded
+                failures.append((job, error))
         try:
             for job, chunk in chunks:
                 if job.num_tokens == 1:
@@ -188,9 +193,8 @@ class Loop(Generic[S]):
                     self._finish(job)
         finally:
             deliver((job.generation, chunk) for job, chunk in chunks)
-        for job, token in made:
-            if isinstance(token, LLMError):
-                self._fail([job], token)
+        for job, failure in failures:
+            self._fail([job], failure)
 
     def _count_prompt(self, job: Job[S]) -> None:
         with self._lock:

@@ -19,7 +19,8 @@ Knows messages, templates and tokenizers. Does not know how long a context is, w
 
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMe
 from tokenizers import AddedToken, Tokenizer
 
 from llm.errors import InvalidMessage, UnsupportedModel
+from llm.panic import catchable_panics
 from llm.template import TemplateRefusal, shared_renderer
 
 if TYPE_CHECKING:
@@ -49,6 +51,12 @@ _DATE = "26 Jul 2024"
 
 _MAX_REASON = 1_000
 """Characters of what a template says when it refuses a conversation."""
+
+MAX_SPECIAL_TOKENS = 10_000
+MAX_SPECIAL_CHARS = 256
+"""Characters of one special token. Patterns are nested as deep as special tokens begin with one another."""
+MAX_ALL_SPECIAL_CHARS = 256_000
+"""Characters of all special tokens together: the time to build what finds them grows with these."""
 
 _ROLES = {
     "system": "system",
@@ -172,6 +180,16 @@ def _block(block: object, field: str) -> str:
     raise InvalidMessage(field, 'a block must be text or {"type": "text", "text": "…"}')
 
 
+def prepare_encoder(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Build what `encode` and `encode_text` need of a tokenizer, so that no request waits for it.
+
+    For the vocabulary of Llama 3 this takes more than a second, most of it without letting other threads run. Call it
+    once, before any thread encodes: threads that find nothing built each build their own. Raises UnsupportedModel,
+    also for special tokens that are too many or too long.
+    """
+    _encoder(tokenizer, _chat_template(tokenizer) or "")
+
+
 @lru_cache(maxsize=4)
 def _encoder(tokenizer: "PreTrainedTokenizerBase", template: str) -> "_Encoder":
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -193,6 +211,7 @@ class _Encoder:
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special or (token.content in template and not token.content.isspace())
         }
+        _check_special_tokens(specials)
         # Digits pass through every filter of a template (trim, upper, tojson); aliases never meet one, and their
         # private-use characters occur in no special token. Of fixed width, so that none is the beginning of another.
         self._nonce = "".join(secrets.choice("0123456789") for _ in range(40))
@@ -205,8 +224,8 @@ class _Encoder:
         self._shielded = re.compile(rf"{self._nonce}\d{{5}}")
 
         self._spellings = "\n".join(specials)
-        self._heads = frozenset(spelling[:n] for spelling in specials for n in range(1, len(spelling)))
-        self._tails = frozenset(spelling[n:] for spelling in specials for n in range(1, len(spelling)))
+        self._sorted = sorted(specials)
+        self._sorted_reversed = sorted(spelling[::-1] for spelling in specials)
         self._reach = max(map(len, specials), default=0)
 
         self._tokenizer = Tokenizer.from_str(backend.to_str())
@@ -249,8 +268,11 @@ class _Encoder:
         return f"{text[:start]}{self._guard}{core}{self._guard}{text[start + len(core) :]}"
 
     def _could_join(self, core: str) -> bool:
+        """Whether it is a part of a special token, begins with the end of one, or ends with the beginning of one."""
+        start, end = core[: self._reach][::-1], core[-self._reach :]
         return core in self._spellings or any(
-            core[:n] in self._tails or core[-n:] in self._heads for n in range(1, self._reach)
+            _is_beginning(start[-n:], self._sorted_reversed) or _is_beginning(end[-n:], self._sorted)
+            for n in range(1, self._reach)
         )
 
     def unshield(self, text: str) -> str:
@@ -263,11 +285,41 @@ class _Encoder:
 
     def encode(self, text: str, field: str) -> list[int]:
         """Encode in one pass, without adding anything; only marked special tokens come out as special ids."""
-        # Of one text, but unlike `encode` this lets other threads run meanwhile.
-        ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+        try:
+            with catchable_panics():
+                # Of one text, but unlike `encode` this lets other threads run meanwhile.
+                ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+        except MemoryError:
+            raise
+        except Exception:  # bare ones; what they say may quote the text
+            raise InvalidMessage(field, "the checkpoint's tokenizer fails on this text") from None
         if not self._forbidden.isdisjoint(ids):  # a vocabulary that spells its special tokens as ordinary words, too
             raise InvalidMessage(field, "the tokenizer cannot tell this text from a special token")
         return [self._ids.get(token_id, token_id) for token_id in ids]
+
+
+def _check_special_tokens(spellings: Collection[str]) -> None:
+    if len(spellings) > MAX_SPECIAL_TOKENS:
+        raise UnsupportedModel(
+            f"the tokenizer must have at most {MAX_SPECIAL_TOKENS} special tokens, got {len(spellings)}"
+        )
+    longest = max(map(len, spellings), default=0)
+    if longest > MAX_SPECIAL_CHARS:
+        raise UnsupportedModel(
+            f"a special token of the tokenizer must have at most {MAX_SPECIAL_CHARS} characters, got {longest}"
+        )
+    together = sum(map(len, spellings))
+    if together > MAX_ALL_SPECIAL_CHARS:
+        raise UnsupportedModel(
+            f"all special tokens of the tokenizer must have at most {MAX_ALL_SPECIAL_CHARS} characters together, "
+            f"got {together}"
+        )
+
+
+def _is_beginning(text: str, ordered: Sequence[str]) -> bool:
+    """Whether one of some sorted, different texts begins with a text and is longer."""
+    index = bisect_right(ordered, text)
+    return index < len(ordered) and ordered[index].startswith(text)
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from llm.errors import GenerationFailed
+from llm.panic import catchable_panics
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +30,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        self._decode = tokenizer.backend_tokenizer.decode
+        self._tokenizer = tokenizer.backend_tokenizer
         self._token = tokenizer.backend_tokenizer.id_to_token
         self._special = _special_ids(tokenizer)
         self._ids: list[int] = []
@@ -36,14 +39,14 @@ class Detokenizer:
         self._max_ids = WINDOW
 
     def push(self, ids: Sequence[int]) -> str:
-        """Take in new ids; return the text that has become certain."""
+        """Take in new ids; return the text that has become certain. Raises GenerationFailed if they have none."""
         # Special tokens and ids beyond the vocabulary have no text. They must not fill the window, which could not
         # slide past the last id that has some.
         ids = [id_ for id_ in ids if id_ not in self._special and self._token(id_) is not None]
         if not ids:
             return ""
         self._ids.extend(ids)
-        text = self._decode(self._ids, skip_special_tokens=True)
+        text = self._decode(self._ids)
         certain = len(text)
         if text.endswith(REPLACEMENT):
             self._num_pending += len(ids)
@@ -59,11 +62,20 @@ class Detokenizer:
             self._slide(text)
         return new
 
+    def _decode(self, ids: list[int]) -> str:
+        try:
+            with catchable_panics():
+                return self._tokenizer.decode(ids, skip_special_tokens=True)
+        except MemoryError:
+            raise
+        except Exception:  # bare ones; what they say may quote the text
+            raise GenerationFailed("the checkpoint's tokenizer fails on the tokens of this answer") from None
+
     def _slide(self, text: str) -> None:
         """Forget the oldest ids, as many as leave the rest decoding to the same tail."""
         unsent = len(text) - self._sent
         for cut in range(len(self._ids) - MAX_PARTIAL - 1, 0, -1):
-            tail = self._decode(self._ids[cut:], skip_special_tokens=True)
+            tail = self._decode(self._ids[cut:])
             if text.endswith(tail) and (len(tail) > unsent or not text):
                 self._forget(cut, len(tail) - unsent)
                 return
@@ -72,7 +84,7 @@ class Detokenizer:
         self._max_ids *= 2
         if self._max_ids > MAX_WINDOW:
             cut = len(self._ids) - WINDOW
-            self._forget(cut, max(0, len(self._decode(self._ids[cut:], skip_special_tokens=True)) - unsent))
+            self._forget(cut, max(0, len(self._decode(self._ids[cut:])) - unsent))
 
     def _forget(self, num_ids: int, sent: int) -> None:
         del self._ids[:num_ids]

@@ -25,6 +25,7 @@ from llm.llama.sampler import Sampler, sample
 from llm.llama.weights import ARCHITECTURES, take_weights
 from llm.loading import load_weights
 from llm.machine import limit_torch_threads
+from llm.prompt import prepare_encoder
 from llm.references import ModelFiles
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class LlamaRunner:
         """Load a checkpoint directory; the other arguments are those of `LocalEngine`. Raises `ModelError`."""
         limit_torch_threads()
         checkpoint = load_checkpoint(files, max_context=max_context)
+        prepare_encoder(checkpoint.tokenizer)
         loaded = _load_in_one_dtype(files, dtype=dtype, device=device)
         weights = take_weights(loaded, context=checkpoint.context, quantize=quantize)
         del loaded

@@ -208,6 +208,20 @@ async def test_what_is_cancelled_cannot_be_caught_as_an_exception() -> None:
     assert not issubclass(WorkCancelled, Exception)
 
 
+async def test_an_error_that_handlers_of_errors_would_miss_is_raised_as_an_exception() -> None:
+    """Libraries in Rust raise their panics as BaseException: the server's handlers did not see them."""
+
+    class PanicException(BaseException):
+        """As pyo3 names it."""
+
+    def work() -> None:
+        raise PanicException("it says what it was given")
+
+    with pytest.raises(RuntimeError, match=r"^work of a request failed: PanicException$") as failure:
+        await run_cancellable(work)
+    assert isinstance(failure.value.__cause__, PanicException)
+
+
 async def test_a_scheduler_that_was_resized_runs_as_many_works_at_once() -> None:
     scheduler, go_on = Scheduler(1), threading.Event()
     scheduler.resize(2)

@@ -9,8 +9,11 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from llm.batching_engine import MAX_RESTARTS, BatchingEngine
 from llm.checkpoint import Checkpoint
@@ -666,6 +669,24 @@ def test_an_error_of_one_row_ends_that_request_only(start: Start) -> None:
     with pytest.raises(GenerationFailed, match="out of range"):
         b.whole()
     assert a.whole().token_ids == answer(ord("a"), 4)
+
+
+def test_a_token_that_the_tokenizer_fails_on_ends_that_request_only(start: Start) -> None:
+    """A checkpoint's decoder whose pattern backtracks panics; in the engine's thread that ended the engine."""
+    broken = answer(ord("b"), 2)[-1]
+    vocabulary = {"x" * 60 if token_id == broken else f"w{token_id}": token_id for token_id in range(256)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.decoder = decoders.Replace(Regex(r"(?:x+x+)+y"), " ")
+    runner = FakeRunner()
+    runner.checkpoint = replace(CHECKPOINT, tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend))  # type: ignore[no-untyped-call]
+    engine = start(runner)
+
+    a, b = submit(engine, ask("a"), ask("b"))
+
+    with pytest.raises(GenerationFailed, match="tokenizer fails on the tokens of this answer"):
+        b.whole()
+    assert a.whole().token_ids == answer(ord("a"), 4)
+    assert (engine.health().restarts, engine.health().running) == (0, 0)
 
 
 def test_health_is_degraded_from_a_failure_until_a_request_is_finished(start: Start) -> None:

@@ -1,4 +1,5 @@
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ from langchain_core.messages import (
 from llama_models.datatypes import RawMessage  # type: ignore[import-untyped]
 from llama_models.llama3.chat_format import ChatFormat  # type: ignore[import-untyped]
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer  # type: ignore[import-untyped]
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm.errors import InvalidMessage, UnsupportedModel
-from llm.prompt import _any_of, count, count_shared, encode, encode_text
+from llm.prompt import _any_of, _is_beginning, count, count_shared, encode, encode_text, prepare_encoder
 
 # A Llama-2-like format: the system text inside of the first user turn, roles that must alternate, specials that are
 # written in the middle of a line.
@@ -399,6 +400,32 @@ def test_bare_text_with_a_lone_surrogate_is_refused(llama3: PreTrainedTokenizerB
     assert refusal.value.field == "text"
 
 
+# A pattern of a checkpoint that takes exponential time: the tokenizers library gives up, by a panic.
+BACKTRACKING = Regex(r"(?:x+x+)+y|\s+|\S")
+
+
+@pytest.mark.parametrize("act", [encode_text, lambda tokenizer, text: encode(tokenizer, [HumanMessage(text)])])
+def test_a_text_that_makes_the_tokenizer_panic_is_refused(
+    act: Callable[[PreTrainedTokenizerBase, str], list[int]],
+) -> None:
+    """A panic is a BaseException: it passed all handlers of errors, and the client got a bare 500."""
+    tokenizer = words(["x"], [], "{{ messages[0]['content'] }}")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(BACKTRACKING, "isolated")
+
+    assert act(tokenizer, "x x")
+    with pytest.raises(InvalidMessage, match=r"^the checkpoint's tokenizer fails on this text$") as refusal:
+        act(tokenizer, "x" * 60)
+    assert refusal.value.field == ("text" if act is encode_text else "messages")
+
+
+def test_a_text_that_the_tokenizer_has_no_token_for_is_refused() -> None:
+    """A vocabulary of words without one for unknown words; the library raises a bare Exception."""
+    tokenizer = wrapped(Tokenizer(models.WordLevel({"hi": 0}, unk_token="?")), None)
+
+    with pytest.raises(InvalidMessage, match="tokenizer fails on this text"):
+        encode_text(tokenizer, "secret")
+
+
 # Templates
 
 
@@ -551,3 +578,57 @@ def test_special_tokens_are_found_as_by_trying_the_longest_first(spellings: list
             found.append((start, match))
         start += len(match or "?")
     assert [(match.start(), match[0]) for match in _any_of(spellings).finditer(text)] == found
+
+
+@given(
+    spellings=st.sets(st.text("ab", min_size=1, max_size=5), max_size=12), text=st.text("ab", min_size=1, max_size=5)
+)
+def test_a_beginning_of_a_special_token_is_found_in_their_order(spellings: set[str], text: str) -> None:
+    expected = any(spelling.startswith(text) and spelling != text for spelling in spellings)
+
+    assert _is_beginning(text, sorted(spellings)) == expected
+
+
+# Limits of special tokens
+
+
+@pytest.mark.parametrize(
+    ("spellings", "reason"),
+    [
+        ([f"<{i}>" for i in range(10_001)], "at most 10000 special tokens, got 10001"),
+        (["<s>", "x" * 257], "at most 256 characters, got 257"),
+        ([f"<{i:254}>" for i in range(1_001)], "at most 256000 characters together, got 256256"),
+    ],
+    ids=["too many", "too long", "too many characters"],
+)
+def test_special_tokens_beyond_the_limits_are_refused_at_load(spellings: list[str], reason: str) -> None:
+    """One of 100,000 characters took half a minute per prompt, 3,000 that begin with one another never ended."""
+    tokenizer = words([], [AddedToken(spelling, special=True) for spelling in spellings], None)
+
+    with pytest.raises(UnsupportedModel, match=reason):
+        prepare_encoder(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        [f"<{i:0>23}>" for i in range(10_000)],
+        [f"{i:05}{'x' * 251}" for i in range(1_000)],
+        ["x" * length for length in range(1, 257)],
+        [each for length in range(1, 257) for each in ("x" * length, "x" * (length - 1) + "y")],
+        [char * length for length in range(1, 257) for char in "abcdefg"],
+    ],
+    ids=["most", "longest", "nested", "nested and forked", "several nested"],
+)
+def test_special_tokens_at_the_limits_are_handled_in_time(spellings: list[str]) -> None:
+    tokenizer = words(
+        ["hi"], [AddedToken(each, special=True, normalized=False) for each in spellings], "hi {{ messages[0].content }}"
+    )
+    started = time.process_time()
+
+    prepare_encoder(tokenizer)
+    ids = encode(tokenizer, [HumanMessage(f"hi {spellings[-1]} {'x' * 10_000}")])
+
+    assert ids[:2] == [1, 1]
+    assert specials_of(tokenizer, ids) == []
+    assert time.process_time() - started < 10, "it takes about a second"

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llm.errors import GenerationFailed
 from llm.scripted_engine import byte_tokenizer
 from llm.text import MAX_PARTIAL, MAX_WINDOW, REPLACEMENT, WINDOW, Detokenizer, StopStrings, TextStream
 
@@ -262,3 +263,14 @@ def test_what_looked_like_a_stop_string_is_sent_when_nothing_more_comes() -> Non
     sent = stream.push(byte_tokenizer().backend_tokenizer.encode("a##").ids)
 
     assert (sent, stream.flush()) == ("a", "##")
+
+
+def test_a_decoder_that_panics_fails_the_answer_and_is_no_base_exception() -> None:
+    """A panic in the engine's thread would end the engine, for all requests."""
+    backend = Tokenizer(models.WordLevel({"?": 0, "x" * 60: 1}, unk_token="?"))
+    backend.decoder = decoders.Replace(Regex(r"(?:x+x+)+y"), " ")
+    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))  # type: ignore[no-untyped-call]
+
+    assert detokenizer.push([0]) == "?"
+    with pytest.raises(GenerationFailed, match="tokenizer fails on the tokens of this answer"):
+        detokenizer.push([1])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from langchain_core.messages import HumanMessage
 from transformers import AutoModelForCausalLM
 
 from llm.batching_engine import BatchingEngine
@@ -23,6 +24,7 @@ from llm.llama.model import Llama
 from llm.llama.runner import PREFILL_CHUNK, LlamaRunner, LlamaSequence
 from llm.llama.weights import Weights, take_weights
 from llm.loading import load_weights
+from llm.prompt import count, encode_text
 from llm.references import ModelFiles
 from llm.sampling import Sampling
 from tests.llm.llama.tiny_models import random_ids
@@ -610,3 +612,13 @@ def test_the_default_dtype_at_load_does_not_show(tiny_llama3: Path, dtype: torch
 
     assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in expected]
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_the_first_count_after_the_load_builds_no_encoder(tiny_llama3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built by the first count, it stopped all threads for more than a second, when /ready had said yes already."""
+    made = LlamaRunner.load(ModelFiles("tiny", tiny_llama3), device="cpu", quantize="none", max_context=64)
+    monkeypatch.delattr("llm.prompt._Encoder")
+
+    assert encode_text(made.checkpoint.tokenizer, "Hi")
+    assert count(made.checkpoint.tokenizer, [HumanMessage("Hi")])
+    made.close()
