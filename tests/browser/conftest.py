@@ -26,7 +26,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser) -> Iterator[Page]:
     """A fresh page with nothing kept from others."""
     with browser.new_context(viewport={"width": 1200, "height": 900}) as context:
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(60_000)
         yield context.new_page()
 
 

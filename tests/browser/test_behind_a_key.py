@@ -39,7 +39,7 @@ def page(browser: Browser, password: str) -> Iterator[Page]:
     """A fresh page of somebody who types a password when asked for one."""
     credentials: HttpCredentials = {"username": "me", "password": password}
     with browser.new_context(viewport={"width": 1200, "height": 900}, http_credentials=credentials) as context:
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(60_000)
         yield context.new_page()
 
 
