@@ -56,7 +56,7 @@ def test_a_failure_is_one_line_and_the_others_are_fetched(hub: StandIn, tmp_path
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({"https_proxy": "proxy.example.com:port"}, "https_proxy is 'proxy.example.com:port', which is not the URL of"),
+        ({"https_proxy": "proxy.example.com:port"}, "https_proxy is 'proxy.example.com:…', which is not the URL of"),
         ({"HTTP_PROXY": "http://127.0.0.1:9"}, "check the proxy in HTTP_PROXY"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
