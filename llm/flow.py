@@ -27,7 +27,7 @@ class Flow:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        """The reader's; None: nobody reads, and nobody is held up."""
+        """The reader's; None while there is no reader: then models do not wait."""
         self._is_reader_waiting = True
         self._num_ahead = 0
         self._waiters: list[asyncio.Future[None]] = []
@@ -58,7 +58,7 @@ class Flow:
 
     async def read(self, events: AsyncGenerator[T]) -> AsyncGenerator[T]:
         """Yield the events; close them at the end. The chain must not have begun: it is begun here."""
-        # Not reset: a generator may be closed in another context, and a flow that was read to its end holds up nobody.
+        # Not reset: a generator may be closed in another context, and no model waits for a flow that was read to its end.
         current_flow.set(self)
         self._loop = asyncio.get_running_loop()
         async with aclosing(events):

@@ -80,7 +80,7 @@ class Server:
         self.stop()
 
     def stop(self, timeout_s: float = 30) -> int:
-        """Tell it to stop, and return its exit code. Raises TimeoutError with the end of its log if it does not."""
+        """Send SIGTERM and return the exit code. Raises TimeoutError with the end of its log if it does not."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:

@@ -110,7 +110,7 @@ async def test_work_that_is_cancelled_in_a_full_queue_never_begins() -> None:
 @pytest.mark.parametrize("end", ["returns", "raises", "is cancelled", "is cancelled in the queue"])
 async def test_what_work_was_given_is_freed_at_its_end_without_a_garbage_collection(end: str) -> None:
     class Text:
-        """A large one, which nobody may hold."""
+        """Stands for a large text."""
 
     given = Text()
     freed = weakref.ref(given)

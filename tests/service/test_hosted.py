@@ -144,11 +144,11 @@ async def test_who_leaves_ends_the_run(engine: ScriptedEngine, leave: str) -> No
 
 
 async def test_an_error_comes_after_the_events_before_it() -> None:
-    def tell(_: str) -> Iterator[str]:
+    def answer(_: str) -> Iterator[str]:
         yield ANSWER
         raise LookupError("no weather")
 
-    engine = ScriptedEngine(tell, token_delay_s=TOKEN_S)
+    engine = ScriptedEngine(answer, token_delay_s=TOKEN_S)
     engine.wait_until_ready(30)
     others = asyncio.all_tasks()
     said = ""
