@@ -160,7 +160,7 @@ class Connection(HttpToolsProtocol):
         self._body_timer: TimerHandle | None = None
         self._unread: int | None = None  # what the peer had not taken when it last took some; None if it need not hurry
         self._unread_since = 0.0
-        self._slow_since: tuple[float, int] | None = None  # since when it is waited for, and unread bytes then
+        self._slow_since: tuple[float, int] | None = None  # when a wait for the reader began; unread then
         self._is_refused = False
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
