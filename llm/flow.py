@@ -58,7 +58,7 @@ class Flow:
 
     async def read(self, events: AsyncGenerator[T]) -> AsyncGenerator[T]:
         """Yield the events; close them at the end. The chain must not have begun: it is begun here."""
-        # Not reset: a generator may be closed in another context, and no model waits for a flow that was read to its end.
+        # Not reset: a generator may be closed in another context, and no model waits for one that was read.
         current_flow.set(self)
         self._loop = asyncio.get_running_loop()
         async with aclosing(events):
