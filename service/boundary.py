@@ -1,6 +1,5 @@
 """Where errors leave the application: as a response of the one shape, or as the last event of a stream."""
 
-import asyncio
 import json
 import logging
 
@@ -13,9 +12,6 @@ from service.errors import INTERNAL, ChainFailed, Problem, describe, only
 from service.records.record import record_of
 
 log = logging.getLogger(__name__)
-
-BREAK_OFF_DELAY_S = 0.1
-"""A browser that sees a connection break throws away what it has received and not yet read, the error event too."""
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
@@ -30,8 +26,8 @@ class ErrorBoundary:
     """Turns whatever escapes from the application into the one shape above.
 
     In a stream the status is out already. LangServe then sends an error event without content and lets the exception
-    go on; that event is held back here, and one that says what happened is sent instead. The connection is broken off
-    after it, since LangServe's playgrounds notice a failure only by that.
+    go on; that event is held back here, and one that says what happened is sent instead. The response ends after it:
+    a browser that sees a connection break throws away what it has received and not yet read, the error event too.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -63,8 +59,7 @@ class ErrorBoundary:
             elif isinstance(failure := only(error), ChainFailed):
                 log.error("The request failed: %s", failure.problem.kind, exc_info=failure.__cause__)
             if is_stream and not is_complete:
-                await send({"type": "http.response.body", "body": error_event(problem, record.id), "more_body": True})
-                await asyncio.sleep(BREAK_OFF_DELAY_S)
+                await send({"type": "http.response.body", "body": error_event(problem, record.id)})
             if is_started:
                 return
             headers = {**problem.headers, **({"Connection": "close"} if problem.status == 500 else {})}

@@ -57,7 +57,7 @@ def test_a_failure_in_the_middle_takes_the_message_back_in_the_chat(
 
     playground.send("fail")
 
-    expect(playground.toasts).to_contain_text("network error")
+    expect(playground.toasts).to_contain_text("generation failed")
     expect(playground.box).to_have_value("fail")
     assert playground.messages() == ["hello", "hello"]
     assert watch.take_problems()

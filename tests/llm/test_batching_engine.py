@@ -407,10 +407,9 @@ def test_who_waits_for_memory_is_of_the_caller_that_has_the_most(start: Start) -
     runner = FakeRunner(memory=16)
     engine = start(runner)
 
-    book = submit(engine, ask("a", max_tokens=7, caller="book"), ask("b", max_tokens=7, caller="book"))
-    chat = engine.generate(ask("x", max_tokens=7, caller="chat"))
+    callers = {"a": "book", "b": "book", "x": "chat"}
 
-    for generation in (*book, chat):
+    for generation in submit(engine, *(ask(name, max_tokens=7, caller=caller) for name, caller in callers.items())):
         assert len(generation.whole().token_ids) == 7
     assert [runner.acts.count(f"admit {name}") for name in "abx"] == [1, 2, 1]
 

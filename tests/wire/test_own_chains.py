@@ -11,7 +11,7 @@ import pytest
 
 from tests.server import Server
 from tests.wire.asking import until
-from tests.wire.test_http import stream_until_broken
+from tests.wire.test_http import failed_stream
 
 SCRIPT = """
 import sys, time
@@ -114,7 +114,7 @@ def test_a_chain_that_hangs_is_given_up(own_server: Server, endpoint: str) -> No
 
 
 def test_a_chain_that_hangs_in_a_stream_is_given_up_with_an_error_event(own_server: Server) -> None:
-    said = stream_until_broken(own_server, "/sleep/stream", body("stream"))
+    said = failed_stream(own_server, "/sleep/stream", body("stream"))
     assert b"event: error" in said
     assert b"deadline_exceeded" in said
 

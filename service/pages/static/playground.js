@@ -3,7 +3,7 @@
   const fetchAsBefore = window.fetch;
   let inputName = Promise.resolve();
 
-  // Of a request that failed the form shows nothing, and the chat "network error": this says what the service said.
+  // Of a request that failed the form shows nothing, and the chat a toast for a moment: this shows the service's message.
   const hide = () => document.getElementById("failure")?.remove();
   const show = (text) => {
     hide();
@@ -14,28 +14,40 @@
     box.title = "Click to close";
     box.onclick = hide;
   };
-  const explain = (text, status) => {
+  const messageOf = (text, status) => {
     try {
-      show(JSON.parse(text).error.message);
+      return JSON.parse(text).error.message;
     } catch {
-      show(`The service refused this with status ${status}.`);
+      return `The service refused this with status ${status}.`;
     }
   };
-  const listen = async (response) => {
-    const decoder = new TextDecoder();
+  // The same response, but a stream with an error event fails when all of it was read: LangServe's scripts skip that event.
+  const failing = (response) => {
     const reader = response.body.getReader();
+    const decoder = new TextDecoder();
     let text = "";
-    try {
-      for (let chunk; !(chunk = await reader.read()).done; ) {
-        text += decoder.decode(chunk.value, {stream: true});
-        if (!text.includes("event: error")) text = text.slice(-16);
-      }
-    } catch (error) {
-      if (error.name === "AbortError") return;
-      show("The answer broke off. The log of the service says why.");
-    }
-    const event = /event: error\r\ndata: (.*)/.exec(text);
-    if (event) explain(event[1]);
+    let failure;
+    const body = new ReadableStream({
+      async pull(controller) {
+        try {
+          const {done, value} = await reader.read();
+          if (done && failure) throw failure;
+          if (done) return controller.close();
+          text += decoder.decode(value, {stream: true});
+          const event = /event: error\r\ndata: (.*)\r\n/.exec(text);
+          if (event) failure ??= new Error(messageOf(event[1], response.status));
+          const begin = text.lastIndexOf("event: error\r\n");
+          text = text.slice(begin < 0 ? -16 : begin);
+          controller.enqueue(value);
+        } catch (error) {
+          if (failure) show(failure.message);
+          else if (error.name !== "AbortError") show("The answer broke off. The log of the service says why.");
+          throw failure ?? error;
+        }
+      },
+      cancel: (reason) => reader.cancel(reason),
+    }, {highWaterMark: 0});  // a stream that fails throws away what waits in it
+    return new Response(body, response);
   };
 
   // The chat takes its first message before it has read what its input is called, and then calls it "undefined".
@@ -60,8 +72,9 @@
     hide();
     try {
       const response = await fetchAsBefore(resource, {...options, body: await named(options.body)});
+      if (response.ok) return failing(response);
       // LangServe's script cancels what is no stream: so read a refusal before it sees it.
-      response.ok ? listen(response.clone()) : explain(await response.clone().text(), response.status);
+      show(messageOf(await response.clone().text(), response.status));
       return response;
     } catch (error) {
       if (error.name !== "AbortError") show("The service cannot be reached.");
