@@ -70,6 +70,9 @@ PROBLEMS: Sequence[tuple[type[Exception], int, str, Mapping[str, str]]] = (
 )
 """Errors of chains and the model, their status and type; the first that fits. Their messages are meant for callers."""
 
+ERROR_STATUSES = {status for status in HTTPStatus if status >= 400}
+"""A chain's own HTTPException may have any number for a status, or one that is no error."""
+
 INTERNAL = Problem(
     500, "internal_error", "something went wrong in the service; its log says what, under this request_id"
 )
@@ -107,7 +110,7 @@ def describe(error: BaseException) -> Problem:
         return error.problem
     if isinstance(error, RequestValidationError):
         return _describe_validation(error)
-    if isinstance(error, HTTPException):
+    if isinstance(error, HTTPException) and error.status_code in ERROR_STATUSES:
         kind = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         return Problem(error.status_code, kind, str(error.detail), headers=error.headers or {})
     for kind_of_error, status, kind, headers in PROBLEMS:

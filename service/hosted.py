@@ -101,7 +101,9 @@ def failures_of(chain: str) -> Iterator[None]:
         if task is None or task.cancelling():
             raise
         raise ChainFailed(chain, error) from error  # the request was not cancelled: a step raised this
-    except Exception as error:
+    except (GeneratorExit, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a library's own may be no Exception, and LangServe and Starlette pass it on
         if describe(error) is not INTERNAL:
             raise
         raise ChainFailed(chain, error) from error

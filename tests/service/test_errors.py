@@ -53,7 +53,17 @@ def test_headers_of_an_http_exception_are_kept() -> None:
     assert describe(HTTPException(405, headers={"Allow": "GET"})).headers == {"Allow": "GET"}
 
 
-@pytest.mark.parametrize("error", [RuntimeError("secret"), KeyError("secret"), ValueError("secret"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("secret"),
+        KeyError("secret"),
+        ValueError("secret"),
+        MemoryError(),
+        HTTPException(99999, "secret"),
+        HTTPException(204, "secret"),
+    ],
+)
 def test_an_unforeseen_error_shows_no_detail(error: Exception) -> None:
     problem = describe(error)
     assert problem.status == 500

@@ -17,6 +17,7 @@ from langchain_core.output_parsers import JsonOutputParser
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import ToolException, tool
 from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
 import serve
 from chains import Chain
 from llm import ScriptedEngine
@@ -37,6 +38,9 @@ class FailingCallback(BaseCallbackHandler):
 def look_up(text: str) -> str:
     "Look something up."
     raise ToolException(f"no such thing: {text}")
+
+class OfALibrary(BaseException):
+    pass
 
 class Finalised:
     def __init__(self, text): self.text = text
@@ -107,6 +111,12 @@ async def finish(message):
         raise asyncio.CancelledError(text)
     if what == "group":
         raise ExceptionGroup(text, [ValueError(text), KeyError(text)])
+    if what == "status":
+        raise HTTPException(99999, text)
+    if what == "base":
+        raise OfALibrary(text)
+    if what == "base_group":
+        raise BaseExceptionGroup(text, [OfALibrary(text), ValueError(text)])
     if what == "behind":
         await leave_things_behind(text)
     return text
@@ -135,6 +145,9 @@ FAILURES = {
     "timeout": (500, "chain_failed", "TimeoutError"),
     "cancelled": (500, "chain_failed", "CancelledError"),
     "group": (500, "chain_failed", "ExceptionGroup"),
+    "status": (500, "chain_failed", "HTTPException"),
+    "base": (500, "chain_failed", "OfALibrary"),
+    "base_group": (500, "chain_failed", "BaseExceptionGroup"),
 }
 """What a chain does, and what callers see and the log names."""
 
