@@ -1,4 +1,4 @@
-"""Back pressure where events go through a queue without bound: models wait for the events' reader.
+"""Back pressure where events go through a queue without bound: a chain and its models wait for the events' reader.
 
 LangChain runs a chain whose events or log are streamed in a task of its own, and queues whatever happens there
 (`langchain_core.tracers.memory_stream`). Knows of events only when their reader waits for the next one: then the queue
@@ -8,6 +8,7 @@ is empty, whichever events its filters let through. So it cannot hold up a chain
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -18,7 +19,10 @@ from llm.generation import wake_up
 T = TypeVar("T")
 
 MAX_AHEAD = 64
-"""Chunks that the models of a chain hand on while the reader is busy. Each makes an event per step of the chain."""
+"""Chunks that a chain, or its models, hand on while the reader is busy. Each makes an event per step of the chain."""
+
+MODEL, CHAIN = "model", "chain"
+"""Sources of chunks. A chunk of a model is mostly a chunk of its chain, too: so each source is counted apart."""
 
 
 class Flow:
@@ -29,18 +33,19 @@ class Flow:
         self._loop: asyncio.AbstractEventLoop | None = None
         """The reader's; None while there is no reader: then models do not wait."""
         self._is_reader_waiting = True
-        self._num_ahead = 0
+        self._num_ahead: Counter[str] = Counter()  # of each source
         self._waiters: list[asyncio.Future[None]] = []
 
-    async def wait_for_reader(self, deadline: float | None) -> None:
-        """Return when a model may hand on another chunk.
+    async def wait_for_reader(self, deadline: float | None, source: str = MODEL) -> None:
+        """Return when a model, or the chain itself, may hand on another chunk.
 
         Args:
             deadline: `time.monotonic()` seconds at which it returns in any case; None: it has no such time.
+            source: Whose chunks are counted: `MODEL` or `CHAIN`.
         """
         with self._lock:
-            self._num_ahead += 1
-            if self._loop is None or self._num_ahead <= MAX_AHEAD:
+            self._num_ahead[source] += 1
+            if self._loop is None or self._num_ahead[source] <= MAX_AHEAD:
                 return
             loop = asyncio.get_running_loop()
             waiter = loop.create_future()
@@ -89,7 +94,7 @@ class Flow:
         with self._lock:
             if self._loop is not None and not self._is_reader_waiting:
                 return
-            self._num_ahead = 0
+            self._num_ahead.clear()
             waiters, self._waiters = self._waiters, []
         wake_up(*waiters)
 
@@ -97,8 +102,8 @@ class Flow:
 current_flow: ContextVar[Flow | None] = ContextVar("current_flow", default=None)
 
 
-async def wait_for_reader(deadline: float | None) -> None:
+async def wait_for_reader(deadline: float | None, source: str = MODEL) -> None:
     """`Flow.wait_for_reader` of the current flow, if there is one."""
     flow = current_flow.get()
     if flow is not None:
-        await flow.wait_for_reader(deadline)
+        await flow.wait_for_reader(deadline, source)

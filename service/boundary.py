@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import INTERNAL, ChainFailed, Problem, describe, only
+from service.errors import INTERNAL, WRONG_OUTPUT, ChainFailed, Problem, describe, only
 from service.records.record import record_of
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ class ErrorBoundary:
             problem = record.problem = describe(error)
             if problem is INTERNAL:
                 log.exception("The request failed")
+            elif problem is WRONG_OUTPUT:
+                log.error("The request failed: %s", problem.kind, exc_info=error)
             elif isinstance(failure := only(error), ChainFailed):
                 log.error("The request failed: %s", failure.problem.kind, exc_info=failure.__cause__)
             if is_stream and not is_complete:

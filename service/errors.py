@@ -12,6 +12,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from langchain_core.exceptions import ContextOverflowError, OutputParserException
 from langchain_core.tools import ToolException
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from chains import errors as chain_errors
@@ -78,12 +79,25 @@ INTERNAL = Problem(
 )
 
 
+class NotSerializable(Exception):
+    """An output, or a part of a log of runs, that JSON has no form for."""
+
+
 CHAIN_FAILURES: Sequence[tuple[type[BaseException], int, str, str]] = (
     (OutputParserException, 502, "output_parser_failed", "the chain {chain} could not parse the model's answer"),
     (ToolException, 502, "tool_failed", "a tool of the chain {chain} failed"),
+    (NotSerializable, 500, "not_serializable", "an output of the chain {chain}, or of a step of it, has no JSON form"),
     (BaseException, 500, "chain_failed", "the chain {chain} failed with {error}"),
 )
 """Failures of a chain's own steps: their status, type and message; the first that fits."""
+
+WRONG_OUTPUT = Problem(
+    500,
+    "invalid_output",
+    "the output of the chain is not of its output type; the service's log says where, under this request_id",
+)
+LANGSERVE_RESPONSES = ("InvokeResponse", "BatchResponse")
+"""Ends of the names of LangServe's models of responses. It puts a chain's output into one, without a check before."""
 
 
 class ChainFailed(Exception):
@@ -113,6 +127,8 @@ def describe(error: BaseException) -> Problem:
     if isinstance(error, HTTPException) and error.status_code in ERROR_STATUSES:
         kind = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         return Problem(error.status_code, kind, str(error.detail), headers=error.headers or {})
+    if isinstance(error, ValidationError) and error.title.endswith(LANGSERVE_RESPONSES):
+        return WRONG_OUTPUT
     for kind_of_error, status, kind, headers in PROBLEMS:
         if isinstance(error, kind_of_error):
             return Problem(status, kind, str(error), getattr(error, "field", None), headers)

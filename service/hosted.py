@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
-from langchain_core.runnables import RunnableBinding, RunnableConfig
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.schema import StreamEvent
 from langchain_core.tracers.log_stream import RunLogPatch
 
-from llm.flow import Flow
+from llm.caller import current_caller
+from llm.flow import CHAIN, Flow, wait_for_reader
 from service.errors import INTERNAL, ChainFailed, describe
 
 
@@ -43,11 +44,14 @@ class Hosted(RunnableBinding[Any, Any]):  # type: ignore[no-redef]  # its field 
         config: RunnableConfig | None = None,
         **arguments: Any,
     ) -> AsyncIterator[Any]:
-        """`Runnable.astream`; LangChain's `astream_log` calls it too."""
+        """`Runnable.astream`; LangChain's `astream_log` and `astream_events` call it too, and take all it has."""
+        caller = current_caller.get()
+        deadline = None if caller is None else caller.deadline
         with failures_of(self.chain):
             async with aclosing(super().astream(input, config, **arguments)) as pieces:  # type: ignore[type-var]
                 async for piece in pieces:
                     yield piece
+                    await wait_for_reader(deadline, CHAIN)
 
     async def astream_log(  # type: ignore[override]
         self,
@@ -70,7 +74,9 @@ class Hosted(RunnableBinding[Any, Any]):  # type: ignore[no-redef]  # its field 
         """`Runnable.astream_events`. LangChain (1.7) ends it as if all were well after a `CancelledError`."""
         running: set[str] = set()  # the outermost run, until it has ended
         with failures_of(self.chain):
-            async with aclosing(Flow().read(super().astream_events(input, config, **arguments))) as events:
+            # Not super()'s, which would stream the chain inside past `astream` above.
+            whole: Any = Runnable.astream_events(self, input, config, **arguments)
+            async with aclosing(Flow().read(whole)) as events:
                 async for event in events:
                     if event.get("parent_ids") == [] and event["event"].endswith("_start"):
                         running.add(event["run_id"])

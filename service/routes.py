@@ -8,6 +8,7 @@ from langserve.serialization import WellKnownLCSerializer
 
 from chains import Chain
 from service.entry.door import Door
+from service.errors import ChainFailed, NotSerializable
 from service.hosted import Hosted
 from service.pages.playground import add_playground
 from service.pages.schemas import add_schemas
@@ -21,9 +22,20 @@ class LineSafeSerializer(WellKnownLCSerializer):
 
     LINE_ENDS = ("\u0085", "\u2028", "\u2029")
 
+    def __init__(self, chain: str) -> None:
+        """Serialize for one chain.
+
+        Args:
+            chain: Its name.
+        """
+        self._chain = chain
+
     def dumps(self, obj: Any) -> bytes:
-        """Serialize to JSON."""
-        content: bytes = super().dumps(obj)
+        """Serialize to JSON. Raises ChainFailed for what has no JSON form."""
+        try:
+            content: bytes = super().dumps(obj)
+        except Exception as error:  # orjson's, or of a method of the object
+            raise ChainFailed(self._chain, NotSerializable()) from error
         for line_end in self.LINE_ENDS:
             content = content.replace(line_end.encode(), f"\\u{ord(line_end):04x}".encode())
         return content
@@ -47,6 +59,6 @@ def host(app: FastAPI, chain: Chain, door: Door) -> None:
         dependencies=[Depends(door)],
         # `add_playground` has added that. The other is left out of LangServe's own annotation.
         disabled_endpoints=["playground", "token_feedback"],  # type: ignore[list-item]
-        serializer=LineSafeSerializer(),
+        serializer=LineSafeSerializer(chain.name),
     )
     app.include_router(router)

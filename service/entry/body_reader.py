@@ -1,7 +1,8 @@
 """Reads request bodies before a request is admitted: in time, within a memory budget, and counted as JSON on the way.
 
 A body that comes slowly so takes no capacity from requests that are complete. What all bodies together may hold in
-memory is bounded, and no tenant may hold more than half of it. Knows no chain, and nothing of what a body says.
+memory is bounded, and no tenant may hold more than half of it. Where there is no room, a tenant that holds less than
+another takes the place of an unfinished body of that one. Knows no chain, and nothing of what a body says.
 """
 
 import time
@@ -42,6 +43,17 @@ class BodyLease:
         """Bytes of memory that are counted against the budget."""
         self._reader = reader
         self._tenant = tenant
+        self._wait: anyio.CancelScope | None = None
+        """While it waits for its next piece."""
+        self._is_evicted = False
+
+    def evict(self) -> None:
+        """Give up an unfinished body at once: its place goes to another tenant."""
+        self._is_evicted = True
+        self.content = bytearray()
+        self.resize(0)
+        if self._wait is not None:
+            self._wait.cancel()
 
     def resize(self, size: int) -> None:
         """Hold this many bytes from now on. Raises `Refusal` if the budget has no room for more, or never will."""
@@ -66,7 +78,8 @@ class BodyReader:
         self._idle_timeout_s = idle_timeout_s
         self._min_rate = min_rate
         self._held: Counter[str] = Counter()
-        self._reading: Counter[str] = Counter()
+        self._reading: dict[str, set[BodyLease]] = {}
+        """Unfinished bodies."""
 
     @property
     def num_bytes(self) -> int:
@@ -101,13 +114,12 @@ class BodyReader:
         if declared.isascii() and declared.isdigit() and int(declared[:20]) > max_body:
             raise too_large
         tenant = lease._tenant
-        if self._reading.total() >= MAX_READING or self._reading[tenant] >= MAX_READING // 8:
-            raise _busy(f"{self._reading.total()} bodies are being read, {self._reading[tenant]} of them yours")
+        self._check_number(tenant)
         structure, started = StructureCounter(), time.monotonic()
-        self._reading[tenant] += 1
+        self._reading.setdefault(tenant, set()).add(lease)
         try:
             stream = request.stream()
-            while piece := await self._next(stream, started, lease.length):
+            while piece := await self._next(stream, started, lease):
                 if lease.length + len(piece) > max_body:
                     raise too_large
                 structure.feed(piece)
@@ -118,13 +130,11 @@ class BodyReader:
         except ClientDisconnect as error:
             raise Refusal(400, "incomplete", "the client went away before its body had come") from error
         finally:
-            self._reading[tenant] -= 1
-            if not self._reading[tenant]:
-                del self._reading[tenant]
+            self._end(lease)
 
-    async def _next(self, stream: AsyncIterator[bytes], started: float, size: int) -> bytes:
+    async def _next(self, stream: AsyncIterator[bytes], started: float, lease: BodyLease) -> bytes:
         """The next piece, or no bytes at the body's end."""
-        now = time.monotonic()
+        now, size = time.monotonic(), lease.length
         late_at, message = min(
             (now + self._idle_timeout_s, f"nothing came for {self._idle_timeout_s:g} s (SERVE_IDLE_TIMEOUT_S)"),
             (started + self._timeout_s, f"it took more than {self._timeout_s:g} s (SERVE_BODY_TIMEOUT_S)"),
@@ -133,12 +143,37 @@ class BodyReader:
                 f"it came at less than {self._min_rate:g} bytes per second (SERVE_MIN_BODY_RATE)",
             ),
         )
-        with anyio.move_on_after(max(0.0, late_at - now)):
+        with anyio.move_on_after(max(0.0, late_at - now)) as lease._wait:
             async for piece in stream:
-                if piece:
+                if piece and not lease._is_evicted:
                     return piece
-            return b""
+            if not lease._is_evicted:
+                return b""
+        if lease._is_evicted:
+            raise _busy("this one was not complete, and made room for one of a key or address that holds less")
         raise Refusal(408, "timeout", f"the body did not come in time: {message}; {size} bytes had come")
+
+    def _check_number(self, tenant: str) -> None:
+        """Make room for one more unfinished body of a tenant, or raise `Refusal`."""
+        num_own, total = len(self._reading.get(tenant, ())), sum(map(len, self._reading.values()))
+        if num_own < MAX_READING // 8 and total >= MAX_READING:
+            most = max(self._reading.values(), key=len)
+            if len(most) > num_own + 1:
+                self._evict(min(most, key=lambda lease: lease.length))
+                return
+        if total >= MAX_READING or num_own >= MAX_READING // 8:
+            raise _busy(f"{total} bodies are being read, {num_own} of them yours")
+
+    def _evict(self, lease: BodyLease) -> None:
+        self._end(lease)
+        lease.evict()
+
+    def _end(self, lease: BodyLease) -> None:
+        """Count a body as unfinished no more. Harmless when it is not."""
+        unfinished = self._reading.get(lease._tenant, set())
+        unfinished.discard(lease)
+        if not unfinished:
+            self._reading.pop(lease._tenant, None)
 
     def _resize(self, tenant: str, before: int, after: int) -> None:
         growth = after - before
@@ -150,10 +185,13 @@ class BodyReader:
                     f"have {share} bytes, half of SERVE_MAX_BODY_TOTAL"
                 )
                 raise Refusal(413, "body_too_large", message, field="body")
-            if self.num_bytes + growth > self._max_total:
-                raise _busy(f"the bodies of all requests may have {self._max_total} bytes (SERVE_MAX_BODY_TOTAL)")
             if self._held[tenant] + growth > share:
                 raise _busy(f"the bodies of one key or address may have {share} bytes, half of SERVE_MAX_BODY_TOTAL")
+            while self.num_bytes + growth > self._max_total:
+                most = max(self._reading, key=self._held.__getitem__, default=tenant)
+                if self._held[most] <= self._held[tenant] + growth:
+                    raise _busy(f"the bodies of all requests may have {self._max_total} bytes (SERVE_MAX_BODY_TOTAL)")
+                self._evict(max(self._reading[most], key=lambda lease: lease.size))
         self._held[tenant] += growth
         if not self._held[tenant]:
             del self._held[tenant]

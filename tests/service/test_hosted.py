@@ -5,14 +5,14 @@ LangChain queues events without bound: one reader of 500 B/s made the process gr
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
 import pytest
 from langchain_core.callbacks import AsyncCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables import Runnable, RunnableGenerator, RunnableLambda
 
 from llm import ChatLLaMA3, LLaMA3_LLM, ScriptedEngine
 from llm.caller import Caller, current_caller
@@ -114,6 +114,31 @@ async def test_events_that_are_left_out_hold_nothing_up(
         read = {event["name"] async for event in events_of(hosted, counter, **filters)}
     assert read == names
     assert counter.num_chunks > MAX_AHEAD
+
+
+@pytest.mark.filterwarnings("ignore:astream_log is deprecated")
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("endpoint", ["events", "log"])
+async def test_a_step_without_a_model_waits_for_a_slow_reader_too(endpoint: str, linear: bool) -> None:
+    num_pieces = 0
+
+    async def endless(_: AsyncIterator[str]) -> AsyncIterator[str]:
+        nonlocal num_pieces
+        while True:
+            num_pieces += 1
+            yield "piece"
+
+    chain: Runnable[Any, Any] = RunnableGenerator(endless)
+    hosted: Runnable[Any, Any] = Hosted(bound=chain, chain="story")
+    if linear:
+        hosted = LinearLog(bound=hosted)
+    read: Any = events_of(hosted) if endpoint == "events" else hosted.astream_log("Tell!")
+    async with aclosing(read), asyncio.timeout(20):
+        async for _ in read:
+            await asyncio.sleep(0.01)  # others run meanwhile
+            if num_pieces > 3 * MAX_AHEAD:
+                break
+            assert num_pieces <= 4 * MAX_AHEAD
 
 
 @pytest.mark.parametrize("leave", ["closing", "cancelled while busy", "cancelled while waiting"])

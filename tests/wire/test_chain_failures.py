@@ -117,6 +117,10 @@ async def finish(message):
         raise OfALibrary(text)
     if what == "base_group":
         raise BaseExceptionGroup(text, [OfALibrary(text), ValueError(text)])
+    if what == "object":
+        return object()
+    if what == "number":
+        return 5
     if what == "behind":
         await leave_things_behind(text)
     return text
@@ -147,6 +151,7 @@ FAILURES = {
     "group": (500, "chain_failed", "ExceptionGroup"),
     "status": (500, "chain_failed", "HTTPException"),
     "base": (500, "chain_failed", "OfALibrary"),
+    "object": (500, "not_serializable", "object"),
     "base_group": (500, "chain_failed", "BaseExceptionGroup"),
 }
 """What a chain does, and what callers see and the log names."""
@@ -185,6 +190,11 @@ def test_a_chains_own_failure_is_a_typed_error_and_quotes_nobody(tmp_path: Path,
                 assert "own" in error["message"]
                 assert kind != "chain_failed" or name in error["message"]
                 assert SECRET not in json.dumps(error)
+            status, said = ask(server, endpoint, "number")  # the chain's output type is a string
+            if "stream" in endpoint:
+                assert (status, "event: error" in said) == (200, False), said
+            else:
+                assert (status, error_in(said)["type"]) == (500, "invalid_output"), said
             status, said = ask(server, endpoint, "behind")
             assert (status, "event: error" in said) == (200, False), said
         assert server.process.poll() is None

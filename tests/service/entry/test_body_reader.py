@@ -131,6 +131,62 @@ async def test_slow_bodies_of_one_tenant_leave_room_for_those_of_others() -> Non
         pass
 
 
+async def test_tenants_that_fill_the_budget_with_unfinished_bodies_make_room_for_one_that_holds_less() -> None:
+    bodies, evicted = reader(max_total=1000), []
+    async with anyio.create_task_group() as others:
+
+        async def hold(tenant: str, size: int) -> None:
+            evicted.append((tenant, size, await refused(bodies, request(b" " * size, ends=False), tenant=tenant)))
+
+        for tenant, size in (("eve", 300), ("eve", 200), ("mallory", 250), ("mallory", 250)):
+            others.start_soon(hold, tenant, size)
+        await anyio.sleep(0.02)
+        assert bodies.num_bytes == 1000
+        async with bodies.read(request(b" " * 100), 1000, tenant="ada"):
+            await anyio.sleep(0.02)
+            ((tenant, size, refusal),) = evicted
+            assert (tenant, size, refusal.problem.status, refusal.problem.kind) == ("eve", 300, 503, "bodies_full")
+            assert "made room" in refusal.problem.message
+            assert bodies.num_bytes == 800
+            async with bodies.read(request(b" " * 200), 1000, tenant="ada"):
+                # Eve has 200 bytes now, Mallory 500 and Ada 300: a third more for Ada would not be fairer.
+                assert (await refused(bodies, request(b" " * 200), tenant="ada")).problem.kind == "bodies_full"
+                assert (await refused(bodies, request(b" " * 1), tenant="mallory")).problem.kind == "bodies_full"
+        assert len(evicted) == 1
+        others.cancel_scope.cancel()
+    assert bodies.num_bytes == 0
+
+
+async def test_complete_bodies_are_not_given_up_for_others() -> None:
+    bodies = reader(max_total=1000)
+    async with (
+        bodies.read(request(b" " * 500), 1000, tenant="eve"),
+        bodies.read(request(b" " * 500), 1000, tenant="mallory"),
+    ):
+        assert (await refused(bodies, request(b" "), tenant="ada")).problem.kind == "bodies_full"
+        assert bodies.num_bytes == 1000
+
+
+async def test_many_tenants_with_unfinished_bodies_make_room_for_one_that_has_none() -> None:
+    bodies, evicted = reader(max_total=1_000_000), []
+    async with anyio.create_task_group() as others:
+
+        async def hold(tenant: str, number: int) -> None:
+            evicted.append((number, await refused(bodies, request(b" " * number, ends=False), tenant=tenant)))
+
+        for tenant in range(8):
+            for number in range(MAX_READING // 8):
+                others.start_soon(hold, f"eve {tenant}", number + 1)
+        await anyio.sleep(0.3)
+        async with bodies.read(request(b"[]"), 1000, tenant="ada") as body:
+            assert body.size == 2
+        await anyio.sleep(0.02)
+        ((number, refusal),) = evicted
+        assert (number, refusal.problem.kind) == (1, "bodies_full")
+        others.cancel_scope.cancel()
+    assert bodies.num_bytes == 0
+
+
 @pytest.mark.parametrize("value", ["[]", "{}", "1", '"a"', '{"a":[]}'])
 async def test_a_body_with_too_many_values_is_refused_before_it_has_come(value: str) -> None:
     """A parser would make an object of each: 32 MB of `[]` took a gigabyte and held the event loop up for seconds."""
