@@ -67,7 +67,7 @@ def listen(settings: Settings) -> socket.socket:
         reason = (error.strerror or "").partition(" (while")[0]  # `create_server` repeats the address there
         where = f"port {settings.port} of {settings.host}"
         sys.exit(f"serve.py: cannot listen on {where}: {reason}; set SERVE_PORT or SERVE_HOST")
-    keep_alive(listener, settings.idle_timeout_s)
+    keep_alive(listener)
     allow_many()
     return listener
 

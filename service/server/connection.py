@@ -7,6 +7,7 @@ no chains: bodies have the door's deadline, and requests that are at work, silen
 import json
 import logging
 import socket
+import struct
 import sys
 import uuid
 from asyncio import TimerHandle, Transport
@@ -65,7 +66,13 @@ LINGER_S = 1.0
 """Closed at once, with bytes of the peer unread, TCP resets a connection, and what was answered last is lost."""
 
 DEAD_PEER_S = 60
+"""A peer whose system acknowledges none of the bytes that wait for it for so long is gone: or the idle timeout, if that
+is longer."""
+
 KEEP_ALIVE_IDLE_S, KEEP_ALIVE_INTERVAL_S, KEEP_ALIVE_PROBES = 60, 15, 4
+
+ACKED, ACKED_AT, TCP_INFO_SIZE = struct.Struct("=Q"), 120, 128
+"""`tcpi_bytes_acked` of Linux's `struct tcp_info` (include/uapi/linux/tcp.h, since 4.1)."""
 
 HEAD_TOO_LARGE = Problem(
     431,
@@ -103,17 +110,17 @@ def timed_protocol(
     )
 
 
-def keep_alive(listener: socket.socket, idle_timeout_s: float) -> None:
+def keep_alive(listener: socket.socket) -> None:
     """Find out when a peer's machine has died, though nothing is sent to it. Accepted sockets inherit this on Linux.
 
-    Linux cuts readers that stall for `TCP_USER_TIMEOUT` too, so that is no shorter than the idle timeout.
+    What is sent to a dead machine, `Connection` looks after: with `TCP_USER_TIMEOUT` Linux also resets readers who read
+    steadily, but so slowly that their window stays small.
     """
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", KEEP_ALIVE_IDLE_S),
         ("TCP_KEEPINTVL", KEEP_ALIVE_INTERVAL_S),
         ("TCP_KEEPCNT", KEEP_ALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", int(max(DEAD_PEER_S, idle_timeout_s) * 1000)),
     ):
         if hasattr(socket, name):
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -160,6 +167,7 @@ class Connection(HttpToolsProtocol):
         self._body_timer: TimerHandle | None = None
         self._unread: int | None = None  # what the peer had not taken when it last took some; None if it need not hurry
         self._unread_since = 0.0
+        self._acked: tuple[int, float] | None = None  # bytes that the peer's system has, and since when no more
         self._slow_since: tuple[float, int] | None = None  # when a wait for the reader began; unread then
         self._is_refused = False
 
@@ -304,7 +312,10 @@ class Connection(HttpToolsProtocol):
     def _look(self) -> None:
         self._next_look = self.loop.call_later(self.idle_timeout_s / LOOKS_PER_TIMEOUT, self._look)
         now = self.loop.time()
-        if self.flow.write_paused or self.transport.is_closing():
+        dead_peer_s = max(DEAD_PEER_S, self.idle_timeout_s)
+        if self._silent_for(now) >= dead_peer_s:
+            self._cut(f"its system took nothing for {dead_peer_s:g} s")
+        elif self.flow.write_paused or self.transport.is_closing():
             # Nothing is added to what waits here now, so that any change means that the peer has taken some.
             unread = self.transport.get_write_buffer_size() + _in_kernel(self.transport)
             if unread != self._unread:
@@ -325,6 +336,16 @@ class Connection(HttpToolsProtocol):
             else:
                 said = f"the head of the request did not come within {self.idle_timeout_s:g} s (SERVE_IDLE_TIMEOUT_S)"
                 self._refuse(Problem(408, "timeout", said))
+
+    def _silent_for(self, now: float) -> float:
+        """Seconds since the peer's system last acknowledged a byte, if there are any to acknowledge."""
+        acked = _acked(self.transport) if _in_kernel(self.transport) else None
+        if acked is None:
+            self._acked = None
+            return 0.0
+        if self._acked is None or self._acked[0] != acked:
+            self._acked = acked, now
+        return now - self._acked[1]
 
     def _cut(self, reason: str) -> None:
         self._next_look.cancel()
@@ -380,3 +401,14 @@ def _in_kernel(transport: Transport) -> int:
     except (OSError, ValueError):
         return 0
     return int.from_bytes(answer, sys.byteorder)
+
+
+def _acked(transport: Transport) -> int | None:
+    """Bytes that the peer's system has acknowledged since the connection began; None where this is not known."""
+    if sys.platform != "linux":
+        return None
+    try:
+        found = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
+    except (OSError, ValueError):
+        return None
+    return ACKED.unpack_from(found, ACKED_AT)[0] if len(found) == TCP_INFO_SIZE else None
