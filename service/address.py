@@ -1,11 +1,14 @@
 """Addresses of clients: checked before anything is logged, counted or limited by them."""
 
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 IPV6_PREFIX = 64
 """Bits of an IPv6 address that say whose it is: the rest its owner chooses freely."""
+
+NAT64 = IPv6Network("64:ff9b::/96")
+"""RFC 6052, section 2.1."""
 
 MAX_ADDRESS = 64
 """Characters that are looked at. No address has as many."""
@@ -30,7 +33,19 @@ def parse_address(text: str) -> str:
 def network_of(address: str) -> str:
     """The network that identifies a client without a key. Empty if there is no address."""
     parsed = parse_address(address)
-    return str(ip_network(f"{parsed}/{IPV6_PREFIX}", strict=False)) if ":" in parsed else parsed
+    if ":" not in parsed:
+        return parsed
+    of_ipv4 = _translated(IPv6Address(parsed))
+    return str(of_ipv4 or ip_network(f"{parsed}/{IPV6_PREFIX}", strict=False))
+
+
+def _translated(address: IPv6Address) -> IPv4Address | None:
+    """The IPv4 address that a 6to4 or NAT64 address stands for: of the one a client has many networks, of the other all
+    clients have one.
+    """
+    if address in NAT64:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.sixtofour
 
 
 class ClientAddress:

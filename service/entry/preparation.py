@@ -15,7 +15,10 @@ import anyio
 from chains.cancellable import run_cancellable
 
 LARGE = 100_000
-"""Bytes of a request from which on preparing it takes much memory: up to a gigabyte for four million."""
+"""Bytes of a request from which on preparing it takes time and memory: seconds, and ten times its size."""
+
+MAX_LARGE = 8
+"""Large requests that are prepared at once, each of another tenant."""
 
 MAX_FILES = 2
 """Files that are read at once, each by a process that may take a gigabyte."""
@@ -48,11 +51,12 @@ class TenantPermits:
 class Preparation:
     """Runs what prepares requests. There is one for all chains.
 
-    Requests share the CPU by time slices. Of large ones there is one at a time, so that they do not take all memory.
+    Requests share the CPU by time slices. Of a tenant's large ones there is one at a time. Were there one of all
+    tenants, a request would wait, at each step of its own, for a whole step of a larger one.
     """
 
     def __init__(self) -> None:
-        self._large = TenantPermits(1)
+        self._large = TenantPermits(MAX_LARGE)
         self.files = TenantPermits(MAX_FILES)
 
     async def run(self, function: Callable[..., T], *arguments: Any, tenant: str, size: int) -> T:

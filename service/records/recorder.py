@@ -15,6 +15,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 SHARED = re.compile(r"/c/[^/]+")
 
+MAX_SEGMENT = 40
+"""Characters of a path between two slashes: longer ones are not logged. Packed options are longer."""
+
 MAX_TEXT = 100_000
 """Bytes of a request or an answer that are kept for the log."""
 
@@ -77,11 +80,13 @@ class Recorder:
 
 
 def path_of(scope: Scope) -> str:
-    """The path as it was sent, less what a proxy strips, and less the options in a share link."""
+    """The path as it was sent, less what a proxy strips, and less the options in a share link, or in a misspelt one."""
     sent: bytes = scope.get("raw_path", b"")
     path = sent.decode("latin-1").removeprefix(scope.get("root_path", ""))
-    if SHARED.search(decoded := unquote(path, errors="replace")):  # routes go by the decoded path
-        return "/c/…".join(map(quote, SHARED.split(decoded)))[:MAX_PATH]
+    decoded = unquote(path, errors="replace")  # routes go by the decoded path
+    if SHARED.search(decoded) or any(len(segment) > MAX_SEGMENT for segment in decoded.split("/")):
+        pieces = SHARED.sub("/c/…", decoded).split("/")
+        path = "/".join("…" if piece == "…" or len(piece) > MAX_SEGMENT else quote(piece) for piece in pieces)
     return path[:MAX_PATH]
 
 

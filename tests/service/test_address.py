@@ -17,6 +17,8 @@ from service.address import PEER, ClientAddress, network_of, parse_address
         ("::ffff:192.0.2.7", "192.0.2.7", "192.0.2.7"),
         ("2001:DB8:0:0::7", "2001:db8::7", "2001:db8::/64"),
         ("2001:db8:0:0:7:0:0:1", "2001:db8::7:0:0:1", "2001:db8::/64"),
+        ("64:ff9b::192.0.2.7", "64:ff9b::c000:207", "192.0.2.7"),  # NAT64: all clients have one network
+        ("2002:c000:207:5::9", "2002:c000:207:5::9", "192.0.2.7"),  # 6to4: one client has many
         ("fe80::1%eth0", "fe80::1", "fe80::/64"),
         ("fe80::1%e\nforged line", "fe80::1", "fe80::/64"),
         ("fe80::1%" + "x" * 60_000, "fe80::1", "fe80::/64"),

@@ -1,4 +1,4 @@
-"""Preparing requests: large ones one at a time, tenants in round-robin order, and those that left are forgotten."""
+"""Preparing requests: large ones of a tenant one at a time, tenants in turn, and those that left are forgotten."""
 
 import threading
 from collections.abc import Callable
@@ -26,25 +26,28 @@ async def test_a_small_request_does_not_wait_for_large_ones() -> None:
         go_on.set()
 
 
-async def test_large_requests_are_prepared_one_at_a_time_and_tenants_alternate() -> None:
+async def test_large_requests_of_a_tenant_are_prepared_one_at_a_time_beside_those_of_others() -> None:
     preparation = Preparation()
-    go_on = threading.Semaphore(0)
+    go_on = {name: threading.Event() for name in ("eve 1", "eve 2", "eve 3", "ada 1")}
     begun: list[str] = []
 
     def read(name: str) -> None:
         begun.append(name)
-        assert go_on.acquire(timeout=30)
+        assert go_on[name].wait(30)
 
     async with anyio.create_task_group() as tasks:
-        for name in ("eve 1", "eve 2", "eve 3", "ada 1"):
+        for name in go_on:
             tasks.start_soon(partial(preparation.run, read, name, tenant=name[:3], size=LARGE))
             await anyio.sleep(0.01)
-        for number in range(1, 5):
-            await started(lambda: len(begun) >= number)  # noqa: B023
-            await anyio.sleep(0.02)
-            assert len(begun) == number, "one at a time"
-            go_on.release()
-    assert begun == ["eve 1", "ada 1", "eve 2", "eve 3"]
+        await started(lambda: len(begun) == 2)
+        await anyio.sleep(0.02)
+        assert begun == ["eve 1", "ada 1"]
+        for number in (1, 2):
+            go_on[f"eve {number}"].set()
+            await started(lambda: len(begun) == 2 + number)  # noqa: B023
+            assert begun[-1] == f"eve {number + 1}"
+        go_on["eve 3"].set()
+        go_on["ada 1"].set()
 
 
 async def test_a_cancelled_request_leaves_the_queue() -> None:

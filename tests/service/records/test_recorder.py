@@ -75,6 +75,15 @@ async def test_the_options_in_a_share_link_are_not_told() -> None:
     assert record.path == "/chat/c/…/invoke%0A"
 
 
+@pytest.mark.parametrize("path", ["/chat/C/{}/x", "/chat/c//{}/x", "/chat/c;{}/x", "/chat%2FC%2F{}%2Fx"])
+async def test_nor_are_those_in_a_misspelt_one(path: str) -> None:
+    packed = "N4IgzgngdgLgFgUwE4EMAuBzEAuEAmABgEYAOAGhGQEskBXFNOgJxAF8g"
+    _, record = await call(path=path.format(packed))
+    assert packed not in record.path
+    assert "…" in record.path
+    assert record.path.endswith("/x")
+
+
 async def test_texts_are_kept_where_they_are_asked_for() -> None:
     _, record = await call(keeps_texts=True)
     assert (record.request_text, record.answer_text) == ("secret question", "secret answer")
