@@ -22,9 +22,10 @@ from service.app import create_app
 from service.entry.keys import KeysError
 from service.entry.keys_command import manage
 from service.records.logs import start_logging
-from service.server.connection import allow_many, keep_alive, timed_protocol
+from service.server.connection import timed_protocol
 from service.server.draining import DrainingServer
 from service.server.garbage_collection import collect_in_own_thread
+from service.server.sockets import allow_many, keep_alive
 from service.settings import Settings, SettingsError, read_settings
 
 SWITCH_INTERVAL_S = 0.0005

@@ -9,6 +9,7 @@ from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.schema import StreamEvent
 from langchain_core.tracers.log_stream import RunLogPatch
 
+from chains.cancellable import WorkCancelled
 from llm.caller import current_caller
 from llm.flow import CHAIN, Flow, wait_for_reader
 from service.errors import INTERNAL, ChainFailed, describe
@@ -107,7 +108,7 @@ def failures_of(chain: str) -> Iterator[None]:
         if task is None or task.cancelling():
             raise
         raise ChainFailed(chain, error) from error  # the request was not cancelled: a step raised this
-    except (GeneratorExit, KeyboardInterrupt, SystemExit):
+    except (GeneratorExit, KeyboardInterrupt, SystemExit, WorkCancelled):
         raise
     except BaseException as error:  # a library's own may be no Exception, and LangServe and Starlette pass it on
         if describe(error) is not INTERNAL:

@@ -6,9 +6,6 @@ no chains: bodies have the door's deadline, and requests that are at work, silen
 
 import json
 import logging
-import socket
-import struct
-import sys
 import uuid
 from asyncio import TimerHandle, Transport
 from http import HTTPStatus
@@ -21,11 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.address import PEER
 from service.errors import MAX_NAME, Problem
 from service.server.connection_limit import ConnectionLimit
-
-if sys.platform != "win32":
-    import fcntl
-    import resource
-    import termios
+from service.server.sockets import MAX_CONNECTIONS, num_acknowledged, num_unacknowledged
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +50,6 @@ MAX_SMALL_CHUNKS = 8_192
 """Chunks of a body, beyond one for each `SMALL_CHUNK` of its bytes. Each costs a call, whatever its size: 300,000
 chunks of one byte held all other connections up for 0.25 s."""
 
-MAX_CONNECTIONS = 65_536
-
 LOOKS_PER_TIMEOUT = 4
 """A connection is looked at this often, and so cut at most two looks late: no timer is set or cancelled per request."""
 
@@ -69,10 +60,6 @@ DEAD_PEER_S = 60
 """A peer whose system acknowledges none of the bytes that wait for it for so long is gone: or the idle timeout, if that
 is longer."""
 
-KEEP_ALIVE_IDLE_S, KEEP_ALIVE_INTERVAL_S, KEEP_ALIVE_PROBES = 60, 15, 4
-
-ACKED, ACKED_AT, TCP_INFO_SIZE = struct.Struct("=Q"), 120, 128
-"""`tcpi_bytes_acked` of Linux's `struct tcp_info` (include/uapi/linux/tcp.h, since 4.1)."""
 
 HEAD_TOO_LARGE = Problem(
     431,
@@ -108,31 +95,6 @@ def timed_protocol(
         (Connection,),
         {"idle_timeout_s": idle_timeout_s, "min_read_rate": min_read_rate, "limit": limit},
     )
-
-
-def keep_alive(listener: socket.socket) -> None:
-    """Find out when a peer's machine has died, though nothing is sent to it. Accepted sockets inherit this on Linux.
-
-    What is sent to a dead machine, `Connection` looks after: with `TCP_USER_TIMEOUT` Linux also resets readers who read
-    steadily, but so slowly that their window stays small.
-    """
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", KEEP_ALIVE_IDLE_S),
-        ("TCP_KEEPINTVL", KEEP_ALIVE_INTERVAL_S),
-        ("TCP_KEEPCNT", KEEP_ALIVE_PROBES),
-    ):
-        if hasattr(socket, name):
-            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def allow_many() -> None:
-    """Raise the number of files that this process may have open, each connection being one, as far as it may itself."""
-    if sys.platform != "win32":
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, MAX_CONNECTIONS)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class LimitExceeded(Exception):
@@ -317,7 +279,7 @@ class Connection(HttpToolsProtocol):
             self._cut(f"its system took nothing for {dead_peer_s:g} s")
         elif self.flow.write_paused or self.transport.is_closing():
             # Nothing is added to what waits here now, so that any change means that the peer has taken some.
-            unread = self.transport.get_write_buffer_size() + _in_kernel(self.transport)
+            unread = self.transport.get_write_buffer_size() + num_unacknowledged(self.transport)
             if unread != self._unread:
                 self._unread, self._unread_since = unread, now
             elif now - self._unread_since >= self.idle_timeout_s:
@@ -339,7 +301,7 @@ class Connection(HttpToolsProtocol):
 
     def _silent_for(self, now: float) -> float:
         """Seconds since the peer's system last acknowledged a byte, if there are any to acknowledge."""
-        acked = _acked(self.transport) if _in_kernel(self.transport) else None
+        acked = num_acknowledged(self.transport) if num_unacknowledged(self.transport) else None
         if acked is None:
             self._acked = None
             return 0.0
@@ -390,25 +352,3 @@ class Connection(HttpToolsProtocol):
 
     def _peer(self) -> str:
         return "{}:{}".format(*self.client) if self.client else "a client"
-
-
-def _in_kernel(transport: Transport) -> int:
-    """Bytes that the system has taken over, and the peer not: its own send buffer may hold megabytes."""
-    if sys.platform == "win32":
-        return 0
-    try:
-        answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-    except (OSError, ValueError):
-        return 0
-    return int.from_bytes(answer, sys.byteorder)
-
-
-def _acked(transport: Transport) -> int | None:
-    """Bytes that the peer's system has acknowledged since the connection began; None where this is not known."""
-    if sys.platform != "linux":
-        return None
-    try:
-        found = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
-    except (OSError, ValueError):
-        return None
-    return ACKED.unpack_from(found, ACKED_AT)[0] if len(found) == TCP_INFO_SIZE else None

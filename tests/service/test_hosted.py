@@ -132,7 +132,7 @@ async def test_a_step_without_a_model_waits_for_a_slow_reader_too(endpoint: str,
     hosted: Runnable[Any, Any] = Hosted(bound=chain, chain="story")
     if linear:
         hosted = LinearLog(bound=hosted)
-    read: Any = events_of(hosted) if endpoint == "events" else hosted.astream_log("Tell!")
+    read: Any = events_of(hosted) if endpoint == "events" else hosted.astream_log("Write!")
     async with aclosing(read), asyncio.timeout(20):
         async for _ in read:
             await asyncio.sleep(0.01)  # others run meanwhile

@@ -21,8 +21,9 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.server.connection import MAX_HEAD, MAX_HEADER, MAX_HEADERS, MAX_URL, keep_alive, timed_protocol
+from service.server.connection import MAX_HEAD, MAX_HEADER, MAX_HEADERS, MAX_URL, timed_protocol
 from service.server.connection_limit import MAX_LARGE_HEADS
+from service.server.sockets import keep_alive
 
 IDLE_TIMEOUT_S = 1.0
 PATIENCE_S = 30
