@@ -151,7 +151,7 @@ FAILURES = {
     "group": (500, "chain_failed", "ExceptionGroup"),
     "status": (500, "chain_failed", "HTTPException"),
     "base": (500, "chain_failed", "OfALibrary"),
-    "object": (500, "not_serializable", "object"),
+    "object": (500, "not_serializable", "serialization.py"),
     "base_group": (500, "chain_failed", "BaseExceptionGroup"),
 }
 """What a chain does, and what callers see and the log names."""
